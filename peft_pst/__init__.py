@@ -1,0 +1,26 @@
+"""Parameter-efficient sparse training (PST) inside Hugging Face PEFT. Importing this package registers the method."""
+
+from ._registration import register as _register
+from ._version import __version__
+from .callback import PSTCallback
+from .config import PSTConfig
+from .layer import PSTLayer
+from .model import PSTModel, get_sparsity, update_sparsity
+from .optimizer import create_pst_optimizer, parameter_groups
+from .schedule import cubic_sparsity
+
+_register()
+
+
+__all__ = [
+    "PSTCallback",
+    "PSTConfig",
+    "PSTLayer",
+    "PSTModel",
+    "__version__",
+    "create_pst_optimizer",
+    "cubic_sparsity",
+    "get_sparsity",
+    "parameter_groups",
+    "update_sparsity",
+]

@@ -1,0 +1,262 @@
+"""`PSTConfig`: what to prune, how far, and how importance is learned. Fields, defaults and validation, no behaviour."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+
+
+class PSTPeftType(str, enum.Enum):
+    """The method's type in PEFT's mappings; PEFT's own enum is closed to other packages."""
+
+    PST = "PST"
+
+
+InitWeights = Literal["fan_in", "paper"]
+
+
+@dataclass
+class PSTConfig(PeftConfig):
+    """Configuration of parameter-efficient sparse training.
+
+    Every argument is optional. With no `target_modules`, all linear layers inside the model's numbered blocks are
+    adapted; embeddings, pooler and heads are not.
+
+    Args:
+        target_sparsity: fraction of zeros in each adapted matrix at the end, in [0, 1); 0.9 keeps one weight in ten.
+        initial_sparsity: fraction of zeros from the moment the adapter exists until the ramp starts, in
+            [0, target_sparsity].
+        r: rank of the weight update U V; 0 trains importance alone.
+        score_rank: rank of the low-rank importance A B; 0 leaves it out.
+        structured: whether to learn one importance per row (R) and per column (C).
+        beta: scale of the weight update.
+        alpha1: scale of the low-rank importance.
+        alpha2: scale of the structured importance.
+        warmup_ratio: share of the steps at the initial sparsity, in [0, 1].
+        cooldown_ratio: share of the steps at the target sparsity, in [0, 1]; at most 1 together with the warm-up.
+        total_steps: optimizer steps of the whole run; `PSTCallback` fills it in when it is None.
+        init_weights: how U and A start. True or "fan_in": N(0, 1 / in_features); "paper": N(0, 1), as published; the
+            rest starts at zero, so the model starts unchanged. False: everything random, for tests; with r = 0 such
+            an adapter also starts at its target sparsity, or it would change nothing.
+        target_modules: names, suffixes, a regular expression, or "all-linear".
+        exclude_modules: names, suffixes or a regular expression of modules to leave alone.
+        layers_to_transform: indices of the blocks to adapt; needs `target_modules` to be names or None.
+        layers_pattern: name of the list of blocks, where `layers_to_transform` cannot find it.
+        modules_to_save: further modules to train and save in full, such as a head.
+        bias: "none", "all" or "pst_only": which biases train.
+        fan_in_fan_out: kept for PEFT's sake. The layer's class decides the orientation: transformers' `Conv1D` is
+            read as (in, out), `nn.Linear` as (out, in).
+        sparsity_pattern: target sparsity by module, {name or regular expression: sparsity}, over `target_sparsity`.
+        rank_pattern: r by module, in the same manner.
+        score_rank_pattern: score_rank by module, in the same manner.
+
+    Raises:
+        ValueError: for a value out of its range, and for combinations that mean nothing. The message names the field,
+            the value, the bound and the remedy.
+
+    Source: Li et al. 2022 (arXiv 2205.11005); the patterns are matched as PEFT's `LoraConfig.rank_pattern`.
+
+    Example:
+        >>> PSTConfig(target_sparsity=0.7, sparsity_pattern={"output.dense": 0.5}).r
+        8
+        >>> PSTConfig(target_sparsity=1.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: target_sparsity=1.0 is outside [0, 1); 0.9 means that nine of ten weights are zero.
+    """
+
+    target_sparsity: float = field(
+        default=0.9, metadata={"help": "Fraction of zeros in each adapted matrix at the end, in [0, 1)."}
+    )
+    initial_sparsity: float = field(
+        default=0.0, metadata={"help": "Fraction of zeros until the ramp starts, in [0, target_sparsity]."}
+    )
+    r: int = field(default=8, metadata={"help": "Rank of the weight update U V; 0 trains importance alone."})
+    score_rank: int = field(default=8, metadata={"help": "Rank of the low-rank importance A B; 0 leaves it out."})
+    structured: bool = field(
+        default=True, metadata={"help": "Whether to learn an importance per row (R) and per column (C)."}
+    )
+    beta: float = field(default=1.0, metadata={"help": "Scale of the weight update."})
+    alpha1: float = field(default=1.0, metadata={"help": "Scale of the low-rank importance."})
+    alpha2: float = field(default=1.0, metadata={"help": "Scale of the structured importance."})
+    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps at the initial sparsity."})
+    cooldown_ratio: float = field(default=0.3, metadata={"help": "Share of the steps at the target sparsity."})
+    total_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps of the whole run; PSTCallback fills it in when left open."}
+    )
+    init_weights: bool | InitWeights = field(
+        default=True,
+        metadata={
+            "help": (
+                'How U and A start: true or "fan_in" for N(0, 1/in_features), "paper" for N(0, 1), false for a random '
+                "adapter that changes the model at once (tests)."
+            )
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Names, suffixes, a regular expression or "all-linear"; by default the linears of the blocks.'
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, suffixes or a regular expression of modules to leave alone."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks to adapt; all when left open."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of blocks, used with layers_to_transform."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save in full, such as a head."}
+    )
+    bias: Literal["none", "all", "pst_only"] = field(
+        default="none", metadata={"help": 'Which biases train: "none", "all" or "pst_only".'}
+    )
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "Kept for PEFT's sake; the layer's class decides the orientation."}
+    )
+    sparsity_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Target sparsity by module name or regular expression."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "r by module name or regular expression."}
+    )
+    score_rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "score_rank by module name or regular expression."}
+    )
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> PSTConfig:
+        """The whole setting of the paper, whatever the defaults of this package become.
+
+        Example:
+            >>> PSTConfig.paper(target_sparsity=0.5).init_weights
+            'paper'
+        """
+        setting = dict(
+            target_sparsity=0.9,
+            initial_sparsity=0.0,
+            r=8,
+            score_rank=8,
+            structured=True,
+            beta=1.0,
+            alpha1=1.0,
+            alpha2=1.0,
+            warmup_ratio=0.1,
+            cooldown_ratio=0.3,
+            init_weights="paper",
+        )
+        return cls(**{**setting, **overrides})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PSTPeftType.PST
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as every PEFT tuner does
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        _check_sparsities(self)
+        _check_ranks_and_scales(self)
+        _check_schedule(self)
+        _check_choices(self)
+        _check_layer_selection(self)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_sparsity(name: str, value: object) -> None:
+    if not _is_number(value) or not 0.0 <= value < 1.0:  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r} is outside [0, 1); 0.9 means that nine of ten weights are zero.")
+
+
+def _check_rank(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name}={value!r} is not a rank; pass an integer of at least 0.")
+
+
+def _check_sparsities(config: PSTConfig) -> None:
+    _check_sparsity("target_sparsity", config.target_sparsity)
+    _check_sparsity("initial_sparsity", config.initial_sparsity)
+    targets = {"target_sparsity": config.target_sparsity}
+    for key, value in config.sparsity_pattern.items():
+        _check_sparsity(f"sparsity_pattern[{key!r}]", value)
+        targets[f"sparsity_pattern[{key!r}]"] = value
+    for name, target in targets.items():
+        if config.initial_sparsity > target:
+            raise ValueError(
+                f"initial_sparsity={config.initial_sparsity} is above {name}={target}; a schedule only prunes further. "
+                "Lower the initial or raise the target sparsity."
+            )
+
+
+def _check_ranks_and_scales(config: PSTConfig) -> None:
+    ranks: dict[str, list[int]] = {"r": [config.r], "score_rank": [config.score_rank]}
+    _check_rank("r", config.r)
+    _check_rank("score_rank", config.score_rank)
+    for field_name, pattern in (("r", "rank_pattern"), ("score_rank", "score_rank_pattern")):
+        for key, value in getattr(config, pattern).items():
+            _check_rank(f"{pattern}[{key!r}]", value)
+            ranks[field_name].append(value)
+    if not any(ranks["r"]) and not any(ranks["score_rank"]) and not config.structured:
+        raise ValueError(
+            "r=0, score_rank=0 and structured=False leave nothing to train; switch on at least one of the three parts."
+        )
+    parts = (
+        ("beta", any(ranks["r"]), "r=0"),
+        ("alpha1", any(ranks["score_rank"]), "score_rank=0"),
+        ("alpha2", config.structured, "structured=False"),
+    )
+    for name, used, off in parts:
+        value = getattr(config, name)
+        if not _is_number(value):
+            raise ValueError(f"{name}={value!r} is not a finite number; 1.0 is the paper's value.")
+        if used and value == 0:
+            raise ValueError(f"{name}=0 switches a part off that would still take memory; set {off} instead.")
+        if not used and value != 1.0:
+            raise ValueError(
+                f"{name}={value} has nothing to scale, because {off}; leave it at 1.0 or switch the part on."
+            )
+
+
+def _check_schedule(config: PSTConfig) -> None:
+    for name in ("warmup_ratio", "cooldown_ratio"):
+        value = getattr(config, name)
+        if not _is_number(value) or not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name}={value!r} is outside [0, 1]; it is a share of the training steps.")
+    if config.warmup_ratio + config.cooldown_ratio > 1.0:
+        raise ValueError(
+            f"warmup_ratio={config.warmup_ratio} and cooldown_ratio={config.cooldown_ratio} sum to more than 1; "
+            "leave room for the ramp between them."
+        )
+    total = config.total_steps
+    if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 1):
+        raise ValueError(f"total_steps={total!r} is not a number of steps; pass an integer of at least 1, or None.")
+
+
+def _check_choices(config: PSTConfig) -> None:
+    if not isinstance(config.init_weights, bool) and config.init_weights not in ("fan_in", "paper"):
+        raise ValueError(f'init_weights={config.init_weights!r} is none of True, False, "fan_in" and "paper".')
+    if config.bias not in ("none", "all", "pst_only"):
+        raise ValueError(f'bias={config.bias!r} is none of "none", "all" and "pst_only".')
+
+
+def _check_layer_selection(config: PSTConfig) -> None:
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError(
+            f"layers_pattern={config.layers_pattern!r} says where blocks are counted, but layers_to_transform is None; "
+            "set layers_to_transform to the blocks to adapt."
+        )
+    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform!r} cannot be combined with target_modules="
+            f"{config.target_modules!r}, a pattern; name the blocks in the pattern or pass target_modules as a list."
+        )

@@ -1,0 +1,390 @@
+"""The adapted linear layer: owns the tensors, keeps PEFT's contract, and leaves the mathematics to pure functions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import PSTConfig
+from .masked_linear import Pruner, effective_weight, masked_linear
+from .masking import num_pruned, pack_mask, select_mask, unpack_mask
+from .scoring import Factors, importance_scores, updated_weight
+
+
+@dataclass
+class ScheduleStatus:
+    """Whether the schedule of an adapter has been driven in this process; one object for all layers of the adapter."""
+
+    moved: bool = False
+    warned: bool = False
+    length_from_trainer: bool = False  # total_steps was filled in by the callback, so the next run may fill it anew
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What an adapter's configuration comes to for one layer, its patterns resolved."""
+
+    config: PSTConfig
+    status: ScheduleStatus
+    target_sparsity: float
+    r: int
+    score_rank: int
+
+    @classmethod
+    def of(cls, config: PSTConfig, status: ScheduleStatus, module_name: str) -> LayerPlan:
+        def resolve(pattern: dict[str, Any], default: Any) -> Any:
+            return pattern.get(get_pattern_key(list(pattern), module_name), default)
+
+        plan = cls(
+            config,
+            status,
+            target_sparsity=resolve(config.sparsity_pattern, config.target_sparsity),
+            r=resolve(config.rank_pattern, config.r),
+            score_rank=resolve(config.score_rank_pattern, config.score_rank),
+        )
+        if not plan.r and not plan.score_rank and not config.structured:
+            raise ValueError(
+                f"Layer {module_name}: the patterns leave r=0 and score_rank=0, and structured=False, so nothing would "
+                "train; raise a rank or exclude the layer."
+            )
+        return plan
+
+
+def never_pruned_message(adapter_name: str, target_sparsity: float) -> str:
+    """The warning for evaluating or merging an adapter whose schedule nobody drives."""
+    return (
+        f"Adapter {adapter_name!r} prunes nothing: its sparsity is still 0 although its target is {target_sparsity}, "
+        "because the schedule has never moved. Train with Trainer(..., callbacks=[PSTCallback()]), or call "
+        "model.update_sparsity(step, total_steps) after every optimizer step."
+    )
+
+
+class PSTLayer(BaseTunerLayer):
+    """The state of every PST adapter on one base layer, and what PEFT does to it.
+
+    Matrices are oriented (out_features, in_features), whatever the base layer stores. For each adapter the layer
+    holds `pst_U` (out, r), `pst_V` (r, in), `pst_A` (out, score_rank), `pst_B` (score_rank, in), `pst_R` (out,),
+    `pst_C` (in,) and `pst_num_pruned`, an int64 scalar: the number of zeros now in force. The count is part of the
+    adapter's state dict, so an adapter saved in mid-schedule loads at the sparsity it was saved at.
+    """
+
+    adapter_layer_names = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
+    other_param_names = ("pst_num_pruned", "pst_plans")
+
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+        self.base_layer = base_layer
+        self.module_name = module_name
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.pst_num_pruned = BufferDict(persistent=True)
+        self.pst_plans: dict[str, LayerPlan] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._stores_transposed = isinstance(self.get_base_layer(), Conv1D)
+        self.in_features, self.out_features = _features(self.get_base_layer())
+        # Plain attributes, not buffers: none of the three belongs in a state dict.
+        self._dense_weight: Tensor | None = None  # the base weight while an adapter is merged
+        self._masks: dict[str, tuple[object, Tensor]] = {}  # per adapter: what it was selected from, packed mask
+        self._masked_weight: tuple[object, Tensor] | None = None  # for evaluation: what it was made from, weight
+        self._warned_about_hooks = False
+
+    # Adapter life
+
+    def update_layer(self, adapter_name: str, config: PSTConfig, status: ScheduleStatus) -> None:
+        """Add an adapter, or start an existing one afresh."""
+        plan = LayerPlan.of(config, status, self.module_name)
+        self.pst_plans[adapter_name] = plan
+        out, in_ = self.out_features, self.in_features
+        shapes = {
+            "pst_U": (out, plan.r) if plan.r else None,
+            "pst_V": (plan.r, in_) if plan.r else None,
+            "pst_A": (out, plan.score_rank) if plan.score_rank else None,
+            "pst_B": (plan.score_rank, in_) if plan.score_rank else None,
+            "pst_R": (out,) if config.structured else None,
+            "pst_C": (in_,) if config.structured else None,
+        }
+        for name, shape in shapes.items():
+            if shape is not None:
+                getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(shape))
+        self._reset_parameters(adapter_name, config)
+        changes_nothing_dense = config.init_weights is False and plan.r == 0
+        sparsity = plan.target_sparsity if changes_nothing_dense else config.initial_sparsity
+        self.pst_num_pruned[adapter_name] = torch.tensor(num_pruned(out * in_, sparsity), dtype=torch.int64)
+        self._forget(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def _reset_parameters(self, adapter_name: str, config: PSTConfig) -> None:
+        std = 1.0 if config.init_weights == "paper" else self.in_features**-0.5
+        for name in self.adapter_layer_names:
+            parameters = getattr(self, name)
+            if adapter_name not in parameters:
+                continue
+            # One random factor of each product is enough to learn from; the other at zero makes it the identity.
+            if name in ("pst_U", "pst_A") or config.init_weights is False:
+                nn.init.normal_(parameters[adapter_name], std=std)
+            else:
+                nn.init.zeros_(parameters[adapter_name])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._forget(adapter_name)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._masked_weight = None
+
+    def _forget(self, adapter_name: str) -> None:
+        self._masks.pop(adapter_name, None)
+        self._masked_weight = None
+
+    # Sparsity
+
+    @property
+    def num_weights(self) -> int:
+        """Number of entries of the adapted matrix."""
+        return self.out_features * self.in_features
+
+    def get_num_pruned(self, adapter_name: str) -> int:
+        """The number of zeros now in force, read from the adapter's state."""
+        count = int(self.pst_num_pruned[adapter_name])
+        if not 0 <= count < self.num_weights:
+            raise ValueError(
+                f"Layer {self.module_name}, adapter {adapter_name!r}: pst_num_pruned={count} is outside "
+                f"[0, {self.num_weights}), the number of weights. The adapter file is damaged or belongs to another "
+                "model; load the one that was saved for this base."
+            )
+        return count
+
+    def set_sparsity(self, adapter_name: str, sparsity: float) -> None:
+        """Put a sparsity in force for one adapter, in [0, 1)."""
+        if adapter_name in self.merged_adapters:
+            raise RuntimeError(
+                f"Layer {self.module_name}: the sparsity of adapter {adapter_name!r} cannot change while it is merged; "
+                "call unmerge_adapter() first."
+            )
+        self.pst_num_pruned[adapter_name].fill_(num_pruned(self.num_weights, sparsity))
+        # Counters of in-place writes do not see every optimizer (some write through raw pointers), a step does.
+        self._forget(adapter_name)
+
+    def get_factors(self, adapter_name: str) -> Factors:
+        """The trainable tensors of one adapter with their scales, for the pure functions."""
+        config = self.pst_plans[adapter_name].config
+        tensors = {
+            name.removeprefix("pst_"): parameters[adapter_name]
+            for name in self.adapter_layer_names
+            if adapter_name in (parameters := getattr(self, name))
+        }
+        return Factors(**tensors, beta=config.beta, alpha1=config.alpha1, alpha2=config.alpha2)
+
+    def get_scores(self, adapter_name: str) -> Tensor:
+        """Importance of each weight, (out, in), from the dense base weight, also while merged."""
+        factors = self.get_factors(adapter_name)
+        with torch.no_grad():
+            return importance_scores(updated_weight(self._dense(), factors), factors)
+
+    def get_mask(self, adapter_name: str) -> Tensor:
+        """The mask now in force for one adapter, boolean (out, in), True = keep."""
+        return unpack_mask(self._packed_mask(adapter_name), (self.out_features, self.in_features))
+
+    def get_masked_weight(self, adapter_names: Sequence[str] | None = None) -> Tensor:
+        """The weight that these adapters (by default the active ones) put in force, (out, in), in the base's dtype."""
+        names = self._present(self.active_adapters if adapter_names is None else adapter_names)
+        with torch.no_grad():
+            weight = effective_weight(self._dense(), self._pruners(names)) if names else self._dense()
+            # Laid out as the base layer stores it, so that this weight, once merged, gives the same sums bit for bit.
+            return weight.T.contiguous().T if self._stores_transposed else weight
+
+    def _dense(self) -> Tensor:
+        """The base weight without any adapter, (out, in)."""
+        base = self.get_base_layer().weight
+        weight = base if self._dense_weight is None else self._dense_weight.to(base.device)
+        return weight.T if self._stores_transposed else weight
+
+    def _present(self, adapter_names: Sequence[str]) -> list[str]:
+        return [name for name in adapter_names if name in self.pst_plans]
+
+    def _packed_mask(self, adapter_name: str) -> Tensor:
+        """Select once and reuse: for all micro-batches of a step, checkpoint re-forwards and evaluations."""
+        origin = self._fingerprint([adapter_name])
+        cached = self._masks.get(adapter_name)
+        if cached is None or cached[0] != origin:
+            with torch.no_grad(), torch.autocast(self._dense().device.type, enabled=False):
+                mask = self._select(adapter_name)
+            cached = (origin, pack_mask(mask))
+            self._masks[adapter_name] = cached
+        return cached[1]
+
+    def _select(self, adapter_name: str) -> Tensor:
+        try:
+            return select_mask(self.get_scores(adapter_name), self.get_num_pruned(adapter_name))
+        except ValueError as error:
+            raise ValueError(f"Layer {self.module_name}, adapter {adapter_name!r}: {error}") from error
+
+    def _pruners(self, adapter_names: Sequence[str]) -> list[Pruner]:
+        return [Pruner(self.get_factors(name), self._packed_mask(name)) for name in adapter_names]
+
+    def _fingerprint(self, adapter_names: Sequence[str]) -> object:
+        """Changes whenever a tensor that the masked weight depends on is replaced or written in place."""
+        base = self._dense_weight if self._dense_weight is not None else self.get_base_layer().weight
+        tensors = [base]
+        for name in adapter_names:
+            tensors += [t for t in self.get_factors(name).tensors if t is not None]
+            tensors.append(self.pst_num_pruned[name])
+        return tuple(adapter_names), tuple(_identity(tensor) for tensor in tensors)
+
+    # Merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the masked weight into the base layer, zeros exact; `unmerge` restores the dense weight bit for bit.
+
+        Raises:
+            ValueError: with `safe_merge`, when the scores or the merged weight are not finite.
+            RuntimeError: when the merged weight holds fewer zeros than the adapters promise.
+        """
+        names = self._present(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        merged_names = self.merged_adapters + names
+        if safe_merge:
+            self._check_finite(names)
+        merged = self.get_masked_weight(merged_names)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(_broken_message(names[-1]))
+        self._check_zeros(merged, merged_names)
+        base = self.get_base_layer()
+        if self._dense_weight is None:
+            # On the CPU, so that merging does not double the memory of the accelerator.
+            self._dense_weight = base.weight.data.to("cpu")
+        base.weight.data = merged.T if self._stores_transposed else merged
+        self.merged_adapters = merged_names
+        self._masked_weight = None
+
+    def _check_finite(self, adapter_names: Sequence[str]) -> None:
+        # A NaN score need not make any weight NaN, so looking at the merged weight alone would miss it.
+        for name in adapter_names:
+            if not torch.isfinite(self.get_scores(name)).all():
+                raise ValueError(_broken_message(name))
+
+    def _check_zeros(self, merged: Tensor, adapter_names: Sequence[str]) -> None:
+        promised = max(self.get_num_pruned(name) for name in adapter_names)
+        zeros = merged.numel() - int(torch.count_nonzero(merged))
+        if zeros < promised:
+            raise RuntimeError(
+                f"Layer {self.module_name}: the merged weight holds {zeros} zeros, but adapters {list(adapter_names)} "
+                f"promise {promised}. The base layer is unchanged. This is a defect of peft_pst, please report it."
+            )
+
+    def unmerge(self) -> None:
+        """Restore the dense base weight, bit for bit."""
+        if self._dense_weight is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        base.weight.data = self._dense_weight.to(base.weight.device)
+        self._dense_weight = None
+        self.merged_adapters = []
+        self._masked_weight = None
+
+
+class PSTLinear(nn.Module, PSTLayer):
+    """PST on an `nn.Linear` or a transformers `Conv1D`."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: PSTConfig, status: ScheduleStatus, module_name: str
+    ) -> None:
+        super().__init__()
+        PSTLayer.__init__(self, base_layer, module_name)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, status)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = self._present(self.active_adapters)
+        if self.disable_adapters or self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)
+        self._warn_about_hooks()
+        bias = self.get_base_layer().bias
+        if torch.is_grad_enabled() and self._trains(names):
+            return masked_linear(x, self._dense(), bias, self._pruners(names))
+        return F.linear(x, self._inference_weight(names), bias)
+
+    def _trains(self, adapter_names: Sequence[str]) -> bool:
+        base = self.get_base_layer()
+        tensors = [base.weight, *(t for name in adapter_names for t in self.get_factors(name).tensors)]
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+    def _inference_weight(self, adapter_names: list[str]) -> Tensor:
+        if self.training:
+            # A forward without gradient in mid-training (the first pass of a checkpointed block, a reference model):
+            # keeping a dense copy for the next one would cost the memory of the whole model.
+            return self.get_masked_weight(adapter_names)
+        origin = self._fingerprint(adapter_names)
+        if self._masked_weight is None or self._masked_weight[0] != origin:
+            self._warn_if_never_pruned(adapter_names)
+            self._masked_weight = (origin, self.get_masked_weight(adapter_names))
+        return self._masked_weight[1]
+
+    def train(self, mode: bool = True) -> PSTLinear:
+        if mode:
+            self._masked_weight = None
+        return super().train(mode)
+
+    def _warn_if_never_pruned(self, adapter_names: Sequence[str]) -> None:
+        for name in adapter_names:
+            plan = self.pst_plans[name]
+            if plan.status.moved or plan.status.warned or plan.target_sparsity == 0 or self.get_num_pruned(name):
+                continue
+            plan.status.warned = True
+            warnings.warn(never_pruned_message(name, plan.target_sparsity), stacklevel=2)
+
+    def _warn_about_hooks(self) -> None:
+        base = self.get_base_layer()
+        if self._warned_about_hooks or not (
+            base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        ):
+            return
+        self._warned_about_hooks = True
+        warnings.warn(
+            f"Hooks on the base layer of {self.module_name} do not run: the adapter multiplies by the masked weight "
+            "itself. Register them on the adapted layer instead.",
+            stacklevel=2,
+        )
+
+    def __repr__(self) -> str:
+        return "pst." + super().__repr__()
+
+
+def _identity(tensor: Tensor) -> tuple[int, int, int]:
+    # Inference tensors have no version counter; such a write is noticed by the address alone.
+    version = -1 if tensor.is_inference() else tensor._version
+    return id(tensor), tensor.data_ptr(), version
+
+
+def _broken_message(adapter_name: str) -> str:
+    return f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
+
+
+def _features(base: nn.Module) -> tuple[int, int]:
+    if isinstance(base, Conv1D):
+        return base.weight.shape[0], base.weight.shape[1]
+    return base.in_features, base.out_features
+
+
+def supports(base: nn.Module) -> bool:
+    """Whether a layer can be adapted: a linear map whose weight is stored as real numbers, not quantised."""
+    return isinstance(base, (nn.Linear, Conv1D)) and base.weight.dtype.is_floating_point

@@ -1,0 +1,186 @@
+"""From a sparsity to a count, and from scores to a mask with exactly that many zeros."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def num_pruned(numel: int, sparsity: float) -> int:
+    """How many of `numel` weights are zero at a sparsity: floor(numel * sparsity), exactly.
+
+    The sparsity means the number that was written: 0.29 of 100 is 29, although the nearest float64 lies a little
+    below 0.29 and its product with 100 is 28.999999999999996. A product within rounding of an integer is that integer.
+
+    Args:
+        numel: number of weights, at least 0.
+        sparsity: fraction of zeros, in [0, 1); 0.9 keeps one weight in ten.
+
+    Returns:
+        The count, in [0, numel).
+
+    Raises:
+        ValueError: if `numel` is negative or `sparsity` lies outside [0, 1).
+
+    Source: Li et al. 2022 (arXiv 2205.11005), the mask M.
+
+    Example:
+        >>> num_pruned(1000, 0.9), num_pruned(100, 0.29), num_pruned(7, 0.5), num_pruned(3, 1 / 3)
+        (900, 29, 3, 1)
+    """
+    if numel < 0:
+        raise ValueError(f"numel={numel} is negative; pass the number of weights.")
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity={sparsity} is outside [0, 1); 0.9 means that nine of ten weights are zero.")
+    product = numel * sparsity
+    nearest = round(product)
+    # Decimal fraction, rounded to float64, times an integer, rounded again: two roundings of half an ulp each.
+    count = nearest if abs(product - nearest) <= 2 * math.ulp(product) else math.floor(product)
+    return min(count, max(numel - 1, 0))
+
+
+def select_mask(scores: Tensor, count: int) -> Tensor:
+    """Mask out exactly the `count` lowest scores.
+
+    Linear time: one introselect on the CPU (NumPy's, through a zero-copy view), one radix selection on other devices,
+    where nothing is read back to the host.
+
+    Args:
+        scores: importance of each weight, any shape, any real scale; higher is kept.
+        count: number of entries to prune, in [0, scores.numel()].
+
+    Returns:
+        Boolean mask of the shape and device of `scores`, True = keep. Exactly `count` entries are False, also when
+        scores tie: of two equal entries the earlier in row-major order is pruned.
+
+    Raises:
+        ValueError: if `count` is out of range, or, on the CPU and for 0 < count, if a score is NaN.
+
+    Example:
+        >>> select_mask(torch.tensor([[0.1, 3.0], [0.1, 0.1]]), 2)
+        tensor([[False,  True],
+                [False,  True]])
+    """
+    if not 0 <= count <= scores.numel():
+        raise ValueError(f"count={count} is outside [0, {scores.numel()}], the number of scores.")
+    if count == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    flat = scores.detach().reshape(-1)
+    threshold = _kth_smallest(flat, count)
+    mask = flat > threshold
+    ties = flat == threshold
+    kept_ties = flat.numel() - count - mask.sum()
+    if flat.device.type != "cpu":
+        # Counting the ties always costs one scan; asking whether there are any would stall the stream.
+        position = ties.cumsum(0)
+        mask |= ties & (position > position[-1] - kept_ties)
+    else:
+        _keep_last(mask, ties, int(kept_ties))
+    return mask.reshape(scores.shape)
+
+
+def _kth_smallest(flat: Tensor, k: int) -> Tensor:
+    """The k-th smallest value (k from 1) as a 0-d tensor; NaN counts as largest."""
+    if flat.device.type != "cpu":
+        return flat.float().kthvalue(k).values if flat.element_size() < 4 else flat.kthvalue(k).values
+    # A copy, because partitioning reorders in place; half precisions, which NumPy lacks, widen without rounding.
+    work = flat.to(torch.float32, copy=True) if flat.element_size() < 4 else flat.clone()
+    array = work.numpy()
+    array.partition(k - 1)
+    return work[k - 1]
+
+
+def _keep_last(mask: Tensor, ties: Tensor, kept: int) -> None:
+    """Keep the last `kept` of the entries that equal the threshold, in place."""
+    positions = ties.nonzero().squeeze(1)
+    if kept > positions.numel():
+        # Comparisons with NaN are False, so fewer entries than asked for lie at or above the threshold.
+        raise ValueError("The scores hold a NaN, which has no rank; look for a NaN in the weights or the loss.")
+    if kept:
+        mask[positions[-kept:]] = True
+
+
+def topk_mask(scores: Tensor, sparsity: float) -> Tensor:
+    """Keep the highest-scoring entries of one weight matrix.
+
+    Args:
+        scores: importance of each weight, (out_features, in_features), any real scale; higher is kept.
+        sparsity: fraction of entries to zero, in [0, 1); 0.9 keeps one weight in ten.
+
+    Returns:
+        Mask of the shape and device of `scores`, True = keep. Exactly `num_pruned(scores.numel(), sparsity)` entries
+        are False, also when scores tie: the earlier of two equal entries in row-major order is pruned.
+
+    Raises:
+        ValueError: if `sparsity` is outside [0, 1), or `scores` holds a NaN.
+
+    Source: Li et al. 2022 (arXiv 2205.11005), eq. for M; the authors sort fully and leave ties open.
+
+    Example:
+        >>> topk_mask(torch.tensor([[0.1, 3.0], [2.0, -1.0]]), sparsity=0.5)
+        tensor([[False,  True],
+                [ True, False]])
+    """
+    if torch.isnan(scores).any():
+        raise ValueError("The scores hold a NaN, which has no rank; look for a NaN in the weights or the loss.")
+    return select_mask(scores, num_pruned(scores.numel(), sparsity))
+
+
+def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
+    """Zero the pruned entries: W where the mask is True, +0.0 elsewhere.
+
+    A product with the mask would leave -0.0 behind and turn infinities into NaN.
+
+    Example:
+        >>> masked_weight(torch.tensor([-1.0, 2.0]), torch.tensor([False, True]))
+        tensor([0., 2.])
+    """
+    return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+
+
+# One multiplication gathers the low bits of eight bytes in the top byte, another spreads a byte over eight.
+_GATHER = 0x0102040810204080
+_SPREAD = 0x0101010101010101
+_BITS = 0x8040201008040201 - (1 << 64)  # as a signed 64-bit integer
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Store a boolean mask in one bit per entry.
+
+    Args:
+        mask: boolean, any shape.
+
+    Returns:
+        uint8, (ceil(mask.numel() / 8),), to be read by `unpack_mask`.
+
+    Example:
+        >>> pack_mask(torch.ones(20, dtype=torch.bool)).shape
+        torch.Size([3])
+    """
+    flat = mask.reshape(-1)
+    if flat.numel() % 8:
+        flat = F.pad(flat, (0, -flat.numel() % 8))
+    words = flat.view(torch.uint8).view(torch.int64)
+    return ((words * _GATHER) >> 56).to(torch.uint8)
+
+
+def unpack_mask(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Read a mask written by `pack_mask`.
+
+    Args:
+        packed: uint8, (ceil(n / 8),), where n is the number of entries of `shape`.
+        shape: shape of the mask.
+
+    Returns:
+        Boolean mask of that shape.
+
+    Example:
+        >>> mask = torch.tensor([[True, False, True], [False, False, True]])
+        >>> torch.equal(unpack_mask(pack_mask(mask), mask.shape), mask)
+        True
+    """
+    spread = (packed.to(torch.int64) * _SPREAD) & _BITS
+    return spread.view(torch.uint8)[: math.prod(shape)].view(shape).ne(0)

@@ -1,0 +1,235 @@
+"""`PSTModel`: puts the layers in, and moves the sparsity of all of them along the schedule."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from .config import PSTConfig
+from .layer import PSTLayer, PSTLinear, ScheduleStatus, never_pruned_message, supports
+from .schedule import cubic_sparsity
+from .targets import find_block_linears
+
+
+class PSTModel(BaseTuner):
+    """Parameter-efficient sparse training of a model's linear layers.
+
+    Normally made by `peft.get_peft_model(model, PSTConfig(...))`. The base stays frozen; each adapted matrix gets a
+    low-rank update, a low-rank and a structured importance, and a mask with an exact number of zeros.
+
+    Args:
+        model: the base model, any `nn.Module`.
+        peft_config: a `PSTConfig`, or a dict of them by adapter name.
+        adapter_name: name of the adapter, "default" by convention.
+        low_cpu_mem_usage: create the adapter's tensors on the meta device, to be filled by a state dict.
+
+    Source: Li et al. 2022 (arXiv 2205.11005).
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from peft_pst import PSTConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
+        >>> model = get_peft_model(base, PSTConfig(target_modules=["0"], target_sparsity=0.5, r=2, score_rank=2))
+        >>> [round(model.update_sparsity(step, total_steps=10), 3) for step in (0, 5, 10)]
+        [0.0, 0.469, 0.5]
+        >>> pruned = model.merge_and_unload()
+        >>> int((pruned[0].weight == 0).sum())
+        16
+    """
+
+    prefix = "pst_"
+    tuner_layer_cls = PSTLayer
+    target_module_mapping: dict[str, list[str]] = {}  # found from the structure instead, see `find_block_linears`
+
+    def update_sparsity(self, step: int, total_steps: int | None = None) -> float:
+        """Put the schedule's sparsity after `step` finished optimizer steps in force; see `update_sparsity`."""
+        return update_sparsity(self.model, step, total_steps)
+
+    # AdaLoRA's and AdaMSS's name for the same, which training loops written for PEFT already call.
+    update_and_allocate = update_sparsity
+
+    def get_sparsity(self) -> float:
+        """Fraction of zeros now in force over all adapted weights of the active adapters; see `get_sparsity`."""
+        return get_sparsity(self.model)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        if peft_config.target_modules is None:
+            targets = find_block_linears(self.model)
+            if not targets:
+                raise ValueError(
+                    "Please specify `target_modules` in `peft_config`: this model has no linear layers inside numbered "
+                    'blocks. Pass a list of names, a regular expression, or "all-linear".'
+                )
+            peft_config.target_modules = set(targets)
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: PSTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, PSTLayer):
+            target.update_layer(adapter_name, peft_config, self._status)
+            return
+        _check_supported(target, current_key)
+        new_module = PSTLinear(target, adapter_name, peft_config, self._status, current_key)
+        if adapter_name not in self.active_adapters:
+            # A further adapter is not trainable until it is activated.
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # The one object that all layers of the adapter now being injected share.
+        self._status = ScheduleStatus()
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _warn_about_unmatched_patterns(self.peft_config[adapter_name], self.targeted_module_names)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        warn_if_never_pruned(self.model)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # Without this method PEFT would ignore `model(x, adapter_names=[...])` silently.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "PST cannot mix adapters within a batch (adapter_names=[...]): each adapter has its own masked weight, "
+                "so the batch would need one product per adapter. Call set_adapter() and run one batch per adapter."
+            )
+        yield
+
+
+def _check_supported(target: nn.Module, name: str) -> None:
+    if isinstance(target, BaseTunerLayer):
+        raise ValueError(
+            f"Module {name} already carries a {type(target).__module__} adapter. PST replaces the base weight by a "
+            "masked one and cannot be nested; merge or unload the other adapter first, or exclude the module."
+        )
+    if not supports(target):
+        raise ValueError(
+            f"Target module {name} ({type(target).__name__}) is not supported. PST adapts torch.nn.Linear and "
+            "transformers' Conv1D with floating-point weights; take it out of target_modules or dequantise it."
+        )
+
+
+def pst_layers(model: nn.Module) -> Iterator[PSTLayer]:
+    return (module for module in model.modules() if isinstance(module, PSTLayer))
+
+
+def update_sparsity(model: nn.Module, step: int, total_steps: int | None = None) -> float:
+    """Put the schedule's sparsity after `step` finished optimizer steps in force, for all active PST adapters.
+
+    For hand-written training loops, after each `optimizer.step()`; `PSTCallback` does it in a `Trainer`. Works on a
+    `PeftModel` as on a model with injected adapters.
+
+    Args:
+        model: a model with PST adapters.
+        step: finished optimizer steps (not micro-batches), at least 0.
+        total_steps: optimizer steps of the whole run; by default the configuration's `total_steps`.
+
+    Returns:
+        The sparsity now in force, over all adapted weights, in [0, 1).
+
+    Raises:
+        ValueError: if the model has no active PST adapter, `total_steps` is given nowhere, or `step` is negative.
+        RuntimeError: if an adapter is merged.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from peft_pst import PSTConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> model = get_peft_model(base, PSTConfig(target_modules=["0"], target_sparsity=0.5))
+        >>> update_sparsity(model, step=10, total_steps=10)
+        0.5
+    """
+    for layer, name in active_adapters(model):
+        plan = layer.pst_plans[name]
+        config = plan.config
+        total = config.total_steps if total_steps is None else total_steps
+        if total is None:
+            raise ValueError(
+                "total_steps is not known, so the schedule has no length: pass update_sparsity(step, total_steps), set "
+                "PSTConfig(total_steps=...), or train with PSTCallback, which takes it from the Trainer."
+            )
+        layer.set_sparsity(
+            name,
+            cubic_sparsity(
+                step,
+                total,
+                target_sparsity=plan.target_sparsity,
+                initial_sparsity=config.initial_sparsity,
+                warmup_ratio=config.warmup_ratio,
+                cooldown_ratio=config.cooldown_ratio,
+            ),
+        )
+        plan.status.moved = True
+    return get_sparsity(model)
+
+
+def get_sparsity(model: nn.Module) -> float:
+    """Fraction of zeros now in force over all adapted weights of the active PST adapters, in [0, 1).
+
+    Raises:
+        ValueError: if the model has no active PST adapter.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from peft_pst import PSTConfig
+        >>> config = PSTConfig(target_modules=["0"], initial_sparsity=0.25)
+        >>> get_sparsity(get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config))
+        0.25
+    """
+    pairs = active_adapters(model)
+    return sum(layer.get_num_pruned(name) for layer, name in pairs) / sum(layer.num_weights for layer, _ in pairs)
+
+
+def active_adapters(model: nn.Module) -> list[tuple[PSTLayer, str]]:
+    pairs = [(layer, name) for layer in pst_layers(model) for name in layer.active_adapters if name in layer.pst_plans]
+    if not pairs:
+        raise ValueError(
+            "The model has no active PST adapter. Make one with get_peft_model(model, PSTConfig(...)), or activate one "
+            "with set_adapter()."
+        )
+    return pairs
+
+
+def warn_if_never_pruned(model: nn.Module) -> None:
+    """Warn once if an active adapter's schedule has never moved although it has somewhere to go."""
+    pairs = [(layer, name) for layer in pst_layers(model) for name in layer.active_adapters if name in layer.pst_plans]
+    for adapter_name in dict.fromkeys(name for _, name in pairs):
+        layers = [layer for layer, name in pairs if name == adapter_name]
+        target = max(layer.pst_plans[adapter_name].target_sparsity for layer in layers)
+        untouched = all(layer.get_num_pruned(adapter_name) == 0 for layer in layers)
+        if target > 0 and untouched and not layers[0].pst_plans[adapter_name].status.moved:
+            warnings.warn(never_pruned_message(adapter_name, target), stacklevel=3)
+
+
+def _warn_about_unmatched_patterns(config: PSTConfig, module_names: list[str]) -> None:
+    # PEFT itself looks after `rank_pattern`.
+    for field in ("sparsity_pattern", "score_rank_pattern"):
+        unmatched = [
+            key
+            for key in getattr(config, field)
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in module_names)
+        ]
+        if unmatched:
+            warnings.warn(
+                f"The following {field} keys did not match any targeted module and were ignored: {sorted(unmatched)}.",
+                RuntimeWarning,
+                stacklevel=3,
+            )

@@ -1,0 +1,112 @@
+"""Importance of each weight: the formulas for the updated weight and for its score.
+
+Source: Li et al., "Parameter-Efficient Sparsity for Large Language Models Fine-Tuning", IJCAI 2022
+(arXiv 2205.11005). Matrices are oriented (out_features, in_features) throughout, whatever the layer stores.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """The trainable tensors of one adapter on one layer, with their scales.
+
+    Beware the letters: PST's A is (out, score_rank) and B is (score_rank, in); LoRA's run the other way.
+
+    Attributes:
+        U: left factor of the weight update, (out, r), or None when r = 0.
+        V: right factor of the weight update, (r, in), or None when r = 0.
+        A: left factor of the low-rank importance, (out, score_rank), or None when score_rank = 0.
+        B: right factor of the low-rank importance, (score_rank, in), or None when score_rank = 0.
+        R: importance of each row, (out,), or None without the structured part.
+        C: importance of each column, (in,), or None without the structured part.
+        beta: scale of the weight update U V.
+        alpha1: scale of the low-rank importance A B.
+        alpha2: scale of the structured importance R 1' + 1 C'.
+    """
+
+    U: Tensor | None = None
+    V: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    R: Tensor | None = None
+    C: Tensor | None = None
+    beta: float = 1.0
+    alpha1: float = 1.0
+    alpha2: float = 1.0
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """U, V, A, B, R, C in this order, None where a part is switched off."""
+        return self[:6]
+
+
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which weights of `dtype` are scored: float64 for float64, float32 for everything else.
+
+    Example:
+        >>> score_dtype(torch.bfloat16)
+        torch.float32
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def updated_weight(weight: Tensor, factors: Factors) -> Tensor:
+    """The dense weight with the adapter's low-rank update, W = W0 + beta U V.
+
+    Args:
+        weight: base weight W0, (out, in), any floating dtype.
+        factors: the adapter; U (out, r) and V (r, in) are read, or nothing is added when they are None.
+
+    Returns:
+        W, (out, in), in `score_dtype(weight.dtype)`.
+
+    Source: Li et al. 2022, eq. for W; the update is LoRA's (arXiv 2106.09685).
+
+    Example:
+        >>> factors = Factors(U=torch.tensor([[1.0], [0.0]]), V=torch.tensor([[0.5, 0.25]]), beta=2.0)
+        >>> updated_weight(torch.zeros(2, 2, dtype=torch.bfloat16), factors)
+        tensor([[1.0000, 0.5000],
+                [0.0000, 0.0000]])
+    """
+    return add_update(weight.to(score_dtype(weight.dtype)), factors)
+
+
+def add_update(weight: Tensor, factors: Factors) -> Tensor:
+    """Add beta U V to a weight that is already in score precision; the input is left as it is."""
+    if factors.U is None or factors.V is None:
+        return weight
+    U, V = factors.U.to(weight.dtype), factors.V.to(weight.dtype)
+    return torch.addmm(weight, U, V, alpha=factors.beta)
+
+
+def importance_scores(weight: Tensor, factors: Factors) -> Tensor:
+    """Importance of each entry, S = |W| + alpha1 A B + alpha2 (R 1' + 1 C').
+
+    |W| is the data-free part, the rest the data-driven part that is learned through the loss.
+
+    Args:
+        weight: the updated weight W of `updated_weight`, (out, in), in score precision.
+        factors: the adapter; A (out, score_rank), B (score_rank, in), R (out,), C (in,) are read, each may be None.
+
+    Returns:
+        S, (out, in), in the dtype of `weight`, any real scale; higher means kept.
+
+    Source: Li et al. 2022, eq. for S.
+
+    Example:
+        >>> importance_scores(torch.tensor([[-1.0, 2.0]]), Factors(R=torch.tensor([0.5]), C=torch.tensor([0.0, -1.0])))
+        tensor([[1.5000, 1.5000]])
+    """
+    scores = weight.abs()
+    if factors.A is not None and factors.B is not None:
+        A, B = factors.A.to(weight.dtype), factors.B.to(weight.dtype)
+        scores = scores.addmm_(A, B, alpha=factors.alpha1)
+    if factors.R is not None and factors.C is not None:
+        R, C = factors.R.to(weight.dtype), factors.C.to(weight.dtype)
+        scores = scores.add_(R[:, None], alpha=factors.alpha2).add_(C, alpha=factors.alpha2)
+    return scores
