@@ -6,6 +6,8 @@ method up by equality and hash in three mappings, for which an enum of ours serv
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -28,15 +30,16 @@ def register() -> None:
             f"peft_pst needs peft>={OLDEST_PEFT}, but peft {peft.__version__} is installed; run "
             f"`pip install --upgrade 'peft>={OLDEST_PEFT}'`."
         )
-    key, prefix = PSTPeftType.PST, PSTModel.prefix
+    key: Any = PSTPeftType.PST  # the mappings are annotated with PEFT's closed enum, and look up by equality
+    prefix = PSTModel.prefix
     existing = PEFT_TYPE_TO_TUNER_MAPPING.get(key)
     # By name and not by identity, so that reloading the module replaces its own entry.
     is_ours = existing is None or existing.__module__ == PSTModel.__module__
     prefix_owners = [other for other, taken in PEFT_TYPE_TO_PREFIX_MAPPING.items() if taken == prefix and other != key]
     if key.value in {member.value for member in PeftType} or not is_ours or prefix_owners:
         raise ImportError(
-            f"peft {peft.__version__} already has a method named {key.value} or with the prefix {prefix}; peft_pst would "
-            "shadow it. Upgrade peft_pst, or install an older peft."
+            f"peft {peft.__version__} already has a method named {key.value} or with the prefix {prefix}, which peft_pst "
+            "would shadow. Upgrade peft_pst, or install an older peft."
         )
     PEFT_TYPE_TO_CONFIG_MAPPING[key] = PSTConfig
     PEFT_TYPE_TO_TUNER_MAPPING[key] = PSTModel

@@ -45,7 +45,7 @@ class PSTCallback(TrainerCallback):
         if after < before:
             warnings.warn(
                 f"The schedule starts anew at step {state.global_step}: sparsity falls from {before:.4f} to "
-                f"{after:.4f}. To go on from a pruned adapter, set its configuration's initial_sparsity to {before:.4f}.",
+                f"{after:.4f}. To go on from a pruned adapter, set initial_sparsity={before:.4f} in its configuration.",
                 stacklevel=2,
             )
         self._forget_best_below_target(state, model)
@@ -101,7 +101,7 @@ def _settle_length(plan: LayerPlan, max_steps: int) -> None:
         plan.status.length_from_trainer = True
     if max_steps < _first_step_at_target(plan):
         warnings.warn(
-            f"Training ends after {max_steps} steps, before the schedule of total_steps={plan.config.total_steps} reaches "
-            f"target_sparsity={plan.config.target_sparsity}; leave total_steps at None to take it from the Trainer.",
+            f"Training ends after {max_steps} steps, before the schedule of total_steps={plan.config.total_steps} "
+            f"reaches target_sparsity={plan.config.target_sparsity}; leave total_steps at None to take it from the Trainer.",
             stacklevel=3,
         )

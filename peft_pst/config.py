@@ -140,19 +140,19 @@ class PSTConfig(PeftConfig):
             >>> PSTConfig.paper(target_sparsity=0.5).init_weights
             'paper'
         """
-        setting = dict(
-            target_sparsity=0.9,
-            initial_sparsity=0.0,
-            r=8,
-            score_rank=8,
-            structured=True,
-            beta=1.0,
-            alpha1=1.0,
-            alpha2=1.0,
-            warmup_ratio=0.1,
-            cooldown_ratio=0.3,
-            init_weights="paper",
-        )
+        setting: dict[str, Any] = {
+            "target_sparsity": 0.9,
+            "initial_sparsity": 0.0,
+            "r": 8,
+            "score_rank": 8,
+            "structured": True,
+            "beta": 1.0,
+            "alpha1": 1.0,
+            "alpha2": 1.0,
+            "warmup_ratio": 0.1,
+            "cooldown_ratio": 0.3,
+            "init_weights": "paper",
+        }
         return cls(**{**setting, **overrides})
 
     def __post_init__(self) -> None:

@@ -92,13 +92,18 @@ class PSTLayer(BaseTunerLayer):
         self.pst_plans: dict[str, LayerPlan] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._stores_transposed = isinstance(self.get_base_layer(), Conv1D)
-        self.in_features, self.out_features = _features(self.get_base_layer())
+        self._stores_transposed = isinstance(self._base, Conv1D)
+        self.in_features, self.out_features = _features(self._base)
         # Plain attributes, not buffers: none of the three belongs in a state dict.
         self._dense_weight: Tensor | None = None  # the base weight while an adapter is merged
         self._masks: dict[str, tuple[object, Tensor]] = {}  # per adapter: what it was selected from, packed mask
         self._masked_weight: tuple[object, Tensor] | None = None  # for evaluation: what it was made from, weight
         self._warned_about_hooks = False
+
+    @property
+    def _base(self) -> Any:
+        # Typed loosely: for a type checker, every attribute of an `nn.Module` may be a tensor or a module.
+        return self.get_base_layer()
 
     # Adapter life
 
@@ -210,7 +215,7 @@ class PSTLayer(BaseTunerLayer):
 
     def _dense(self) -> Tensor:
         """The base weight without any adapter, (out, in)."""
-        base = self.get_base_layer().weight
+        base = self._base.weight
         weight = base if self._dense_weight is None else self._dense_weight.to(base.device)
         return weight.T if self._stores_transposed else weight
 
@@ -239,7 +244,7 @@ class PSTLayer(BaseTunerLayer):
 
     def _fingerprint(self, adapter_names: Sequence[str]) -> object:
         """Changes whenever a tensor that the masked weight depends on is replaced or written in place."""
-        base = self._dense_weight if self._dense_weight is not None else self.get_base_layer().weight
+        base = self._dense_weight if self._dense_weight is not None else self._base.weight
         tensors = [base]
         for name in adapter_names:
             tensors += [t for t in self.get_factors(name).tensors if t is not None]
@@ -265,7 +270,7 @@ class PSTLayer(BaseTunerLayer):
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(_broken_message(names[-1]))
         self._check_zeros(merged, merged_names)
-        base = self.get_base_layer()
+        base = self._base
         if self._dense_weight is None:
             # On the CPU, so that merging does not double the memory of the accelerator.
             self._dense_weight = base.weight.data.to("cpu")
@@ -293,7 +298,7 @@ class PSTLayer(BaseTunerLayer):
         if self._dense_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base = self.get_base_layer()
+        base = self._base
         base.weight.data = self._dense_weight.to(base.weight.device)
         self._dense_weight = None
         self.merged_adapters = []
@@ -318,13 +323,13 @@ class PSTLinear(nn.Module, PSTLayer):
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
         self._warn_about_hooks()
-        bias = self.get_base_layer().bias
+        bias = self._base.bias
         if torch.is_grad_enabled() and self._trains(names):
             return masked_linear(x, self._dense(), bias, self._pruners(names))
         return F.linear(x, self._inference_weight(names), bias)
 
     def _trains(self, adapter_names: Sequence[str]) -> bool:
-        base = self.get_base_layer()
+        base = self._base
         tensors = [base.weight, *(t for name in adapter_names for t in self.get_factors(name).tensors)]
         return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -353,7 +358,7 @@ class PSTLinear(nn.Module, PSTLayer):
             warnings.warn(never_pruned_message(name, plan.target_sparsity), stacklevel=2)
 
     def _warn_about_hooks(self) -> None:
-        base = self.get_base_layer()
+        base = self._base
         if self._warned_about_hooks or not (
             base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         ):
@@ -379,12 +384,12 @@ def _broken_message(adapter_name: str) -> str:
     return f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
 
 
-def _features(base: nn.Module) -> tuple[int, int]:
+def _features(base: Any) -> tuple[int, int]:
     if isinstance(base, Conv1D):
         return base.weight.shape[0], base.weight.shape[1]
     return base.in_features, base.out_features
 
 
-def supports(base: nn.Module) -> bool:
+def supports(base: Any) -> bool:
     """Whether a layer can be adapted: a linear map whose weight is stored as real numbers, not quantised."""
     return isinstance(base, (nn.Linear, Conv1D)) and base.weight.dtype.is_floating_point

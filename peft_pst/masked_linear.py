@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from .masking import masked_weight, unpack_mask
 from .scoring import Factors, add_update, score_dtype
@@ -114,7 +114,7 @@ def _intersection(masks: Sequence[Tensor]) -> Tensor:
 
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -137,67 +137,117 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         x, weight, *tensors = ctx.saved_tensors
         pruners = _pruners(tensors, ctx.scales)
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wants_factors = ctx.needs_input_grad[_FIXED_INPUTS:]
         grad_x = grad_weight = grad_bias = None
-        grad_factors: list[Tensor | None] = [None] * len(tensors)
+        grad_factors: Sequence[Tensor | None] = [None] * len(tensors)
         with torch.autocast(grad_output.device.type, enabled=False):
             grad_output = grad_output.to(x.dtype)
             if wants_x:
-                effective = effective_weight(weight, pruners).to(x.dtype)
-                grad_x = (grad_output @ effective).to(ctx.input_dtype)
-                del effective
+                grad_x = (grad_output @ effective_weight(weight, pruners).to(x.dtype)).to(ctx.input_dtype)
             rows = grad_output.reshape(-1, weight.shape[0])
             if wants_bias:
                 grad_bias = rows.sum(0)
             if wants_weight or any(wants_factors):
-                grad = (rows.T @ x.reshape(-1, weight.shape[1])).to(score_dtype(weight.dtype))
-                grad_weight, grad_factors = _reduce_gradient(grad, weight, pruners, wants_weight, wants_factors)
+                x = x.reshape(-1, weight.shape[1])
+                grad_weight, grad_factors = _parameter_gradients(rows, x, weight, pruners, wants_weight, wants_factors)
         return grad_x, grad_weight, grad_bias, None, None, *grad_factors
 
 
-def _reduce_gradient(
-    grad: Tensor, weight: Tensor, pruners: Sequence[Pruner], wants_weight: bool, wants: Sequence[bool]
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """From G = dL/dW_eff, (out, in), to the gradients of the base weight and of every factor."""
+def _parameter_gradients(
+    rows: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    pruners: Sequence[Pruner],
+    wants_weight: bool,
+    wants_factors: Sequence[bool],
+) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+    """Gradients of the base weight and of every factor, from dL/dy (tokens, out) and x (tokens, in).
+
+    The dense gradient G = (dL/dy)' x is made and reduced a few rows at a time, so that the passes over it stay in the
+    processor's cache and it never exists as a whole.
+    """
+    dtype = score_dtype(weight.dtype)
+    tensors = [tensor for pruner in pruners for tensor in (pruner.mask, *pruner.factors.tensors)]
+    totals = [
+        torch.zeros_like(cast("Tensor", tensor), dtype=dtype) if want else None
+        for tensor, want in zip(tensors, wants_factors, strict=True)
+    ]
+    grad_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
+    total_factors = [pruner.factors for pruner in _pruners(totals, [pruner.factors[6:] for pruner in pruners])]
+    for block in _row_blocks(weight):
+        grad = (rows[:, block].T @ x).to(dtype)
+        total_weight = None if grad_weight is None else grad_weight[block]
+        _add_block(grad, weight[block], [_rows(p, block, weight) for p in pruners], block, total_weight, total_factors)
+    cast_totals = [
+        None if total is None else total.to(cast("Tensor", tensor).dtype)
+        for total, tensor in zip(totals, tensors, strict=True)
+    ]
+    return None if grad_weight is None else grad_weight.to(weight.dtype), cast_totals
+
+
+_BLOCK_NUMEL = {"cpu": 1 << 17}  # half a megabyte in float32, a few of which fit a core's cache
+_BLOCK_NUMEL_ELSEWHERE = 1 << 24  # bounds the temporaries at 64 MiB each; fewer, larger kernels
+
+
+def _row_blocks(weight: Tensor) -> list[slice]:
+    numel = _BLOCK_NUMEL.get(weight.device.type, _BLOCK_NUMEL_ELSEWHERE)
+    # A multiple of 8, so that a block's mask starts at a whole byte.
+    height = max(8, numel // weight.shape[1] // 8 * 8)
+    return [slice(start, min(start + height, weight.shape[0])) for start in range(0, weight.shape[0], height)]
+
+
+def _rows(pruner: Pruner, block: slice, weight: Tensor) -> Pruner:
+    """The part of an adapter that concerns some rows of the matrix; V, B and C concern them all."""
+    width = weight.shape[1]
+    U, V, A, B, R, C = pruner.factors.tensors
+    U, A, R = (None if tensor is None else tensor[block] for tensor in (U, A, R))
+    mask = pruner.mask[block.start * width // 8 : (block.stop * width + 7) // 8]
+    return Pruner(Factors(U, V, A, B, R, C, *pruner.factors[6:]), mask)
+
+
+def _add_block(
+    grad: Tensor,
+    weight: Tensor,
+    pruners: Sequence[Pruner],
+    block: slice,
+    total_weight: Tensor | None,
+    totals: Sequence[Factors],
+) -> None:
+    """Add what G = `grad`, (rows, in), contributes to all gradients; `weight` and `pruners` are of the same rows."""
     masks = [unpack_mask(pruner.mask, weight.shape) for pruner in pruners]
     updated = _updated(weight, pruners)
     grad_updated = masked_weight(grad, _intersection(masks))
     grad_mask = grad * updated
-    grad_weight = grad_updated.clone() if wants_weight else None
-    grad_factors: list[Tensor | None] = []
-    for i, pruner in enumerate(pruners):
+    if total_weight is not None:
+        total_weight += grad_updated
+    for i, (pruner, total) in enumerate(zip(pruners, totals, strict=True)):
         others = masks[:i] + masks[i + 1 :]
         grad_scores = masked_weight(grad_mask, _intersection(others)) if others else grad_mask
         own = add_update(weight.to(updated.dtype), pruner.factors) if others else updated
         through_magnitude = grad_scores * own.sign()
-        if grad_weight is not None:
-            grad_weight += through_magnitude
-        wanted = wants[i * _TENSORS_PER_PRUNER + 1 : (i + 1) * _TENSORS_PER_PRUNER]
-        grad_factors += [
-            None,
-            *_factor_gradients(pruner.factors, grad_updated + through_magnitude, grad_scores, wanted),
-        ]
-    return None if grad_weight is None else grad_weight.to(weight.dtype), grad_factors
+        if total_weight is not None:
+            total_weight += through_magnitude
+        _add_factor_gradients(grad_updated + through_magnitude, grad_scores, pruner.factors, block, total)
 
 
-def _factor_gradients(
-    factors: Factors, grad_weight: Tensor, grad_scores: Tensor, wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients of U, V, A, B, R, C from dW and dS, each (out, in)."""
-    U, V, A, B, R, C = (None if t is None else t.to(grad_scores.dtype) for t in factors.tensors)
-    formulas = (
-        lambda: factors.beta * (grad_weight @ V.T),
-        lambda: factors.beta * (U.T @ grad_weight),
-        lambda: factors.alpha1 * (grad_scores @ B.T),
-        lambda: factors.alpha1 * (A.T @ grad_scores),
-        lambda: factors.alpha2 * grad_scores.sum(1),
-        lambda: factors.alpha2 * grad_scores.sum(0),
-    )
-    return [
-        formula().to(tensor.dtype) if want and tensor is not None else None
-        for formula, tensor, want in zip(formulas, factors.tensors, wanted, strict=True)
-    ]
+def _add_factor_gradients(
+    grad_weight: Tensor, grad_scores: Tensor, factors: Factors, block: slice, total: Factors
+) -> None:
+    """Add the gradients of U, V, A, B, R, C that follow from some rows of dW and dS, each (rows, in)."""
+    U, V, A, B = (None if tensor is None else tensor.to(grad_scores.dtype) for tensor in factors.tensors[:4])
+    if total.U is not None and V is not None:
+        total.U[block].addmm_(grad_weight, V.T, alpha=factors.beta)
+    if total.V is not None and U is not None:
+        total.V.addmm_(U.T, grad_weight, alpha=factors.beta)
+    if total.A is not None and B is not None:
+        total.A[block].addmm_(grad_scores, B.T, alpha=factors.alpha1)
+    if total.B is not None and A is not None:
+        total.B.addmm_(A.T, grad_scores, alpha=factors.alpha1)
+    if total.R is not None:
+        total.R[block].add_(grad_scores.sum(1), alpha=factors.alpha2)
+    if total.C is not None:
+        total.C.add_(grad_scores.sum(0), alpha=factors.alpha2)

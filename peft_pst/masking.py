@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NAN_MESSAGE = "The scores hold a NaN, which has no rank; look for a NaN in the weights, the adapter or the loss."
+
 
 def num_pruned(numel: int, sparsity: float) -> int:
     """How many of `numel` weights are zero at a sparsity: floor(numel * sparsity), exactly.
@@ -71,36 +73,36 @@ def select_mask(scores: Tensor, count: int) -> Tensor:
     flat = scores.detach().reshape(-1)
     threshold = _kth_smallest(flat, count)
     mask = flat > threshold
-    ties = flat == threshold
-    kept_ties = flat.numel() - count - mask.sum()
-    if flat.device.type != "cpu":
-        # Counting the ties always costs one scan; asking whether there are any would stall the stream.
-        position = ties.cumsum(0)
-        mask |= ties & (position > position[-1] - kept_ties)
+    kept = flat.numel() - count
+    if flat.device.type == "cpu":
+        missing = kept - int(torch.count_nonzero(mask))
+        if missing:
+            mask[_last_ties(flat, threshold, missing)] = True
     else:
-        _keep_last(mask, ties, int(kept_ties))
+        # Looking for ties always costs one scan; asking whether there are any would stall the stream.
+        ties = flat == threshold
+        position = ties.cumsum(0)
+        mask |= ties & (position > position[-1] - (kept - mask.sum()))
     return mask.reshape(scores.shape)
 
 
 def _kth_smallest(flat: Tensor, k: int) -> Tensor:
     """The k-th smallest value (k from 1) as a 0-d tensor; NaN counts as largest."""
-    if flat.device.type != "cpu":
-        return flat.float().kthvalue(k).values if flat.element_size() < 4 else flat.kthvalue(k).values
     # A copy, because partitioning reorders in place; half precisions, which NumPy lacks, widen without rounding.
     work = flat.to(torch.float32, copy=True) if flat.element_size() < 4 else flat.clone()
-    array = work.numpy()
-    array.partition(k - 1)
+    if flat.device.type != "cpu":
+        return work.kthvalue(k).values
+    work.numpy().partition(k - 1)
     return work[k - 1]
 
 
-def _keep_last(mask: Tensor, ties: Tensor, kept: int) -> None:
-    """Keep the last `kept` of the entries that equal the threshold, in place."""
-    positions = ties.nonzero().squeeze(1)
-    if kept > positions.numel():
+def _last_ties(flat: Tensor, threshold: Tensor, number: int) -> Tensor:
+    """Positions of the last `number` entries that equal the threshold."""
+    positions = (flat == threshold).nonzero().squeeze(1)
+    if number > positions.numel():
         # Comparisons with NaN are False, so fewer entries than asked for lie at or above the threshold.
-        raise ValueError("The scores hold a NaN, which has no rank; look for a NaN in the weights or the loss.")
-    if kept:
-        mask[positions[-kept:]] = True
+        raise ValueError(NAN_MESSAGE)
+    return positions[-number:]
 
 
 def topk_mask(scores: Tensor, sparsity: float) -> Tensor:
@@ -125,7 +127,7 @@ def topk_mask(scores: Tensor, sparsity: float) -> Tensor:
                 [ True, False]])
     """
     if torch.isnan(scores).any():
-        raise ValueError("The scores hold a NaN, which has no rank; look for a NaN in the weights or the loss.")
+        raise ValueError(NAN_MESSAGE)
     return select_mask(scores, num_pruned(scores.numel(), sparsity))
 
 

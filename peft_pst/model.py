@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from .config import PSTConfig
 from .layer import PSTLayer, PSTLinear, ScheduleStatus, never_pruned_message, supports
 from .schedule import cubic_sparsity
 from .targets import find_block_linears
@@ -47,7 +45,8 @@ class PSTModel(BaseTuner):
 
     prefix = "pst_"
     tuner_layer_cls = PSTLayer
-    target_module_mapping: dict[str, list[str]] = {}  # found from the structure instead, see `find_block_linears`
+    # Found from the structure of the model instead, see `find_block_linears`.
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def update_sparsity(self, step: int, total_steps: int | None = None) -> float:
         """Put the schedule's sparsity after `step` finished optimizer steps in force; see `update_sparsity`."""
@@ -60,7 +59,7 @@ class PSTModel(BaseTuner):
         """Fraction of zeros now in force over all adapted weights of the active adapters; see `get_sparsity`."""
         return get_sparsity(self.model)
 
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
             targets = find_block_linears(self.model)
             if not targets:
@@ -73,7 +72,7 @@ class PSTModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: PSTConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -219,7 +218,7 @@ def warn_if_never_pruned(model: nn.Module) -> None:
             warnings.warn(never_pruned_message(adapter_name, target), stacklevel=3)
 
 
-def _warn_about_unmatched_patterns(config: PSTConfig, module_names: list[str]) -> None:
+def _warn_about_unmatched_patterns(config: Any, module_names: list[str]) -> None:
     # PEFT itself looks after `rank_pattern`.
     for field in ("sparsity_pattern", "score_rank_pattern"):
         unmatched = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -85,7 +86,7 @@ def _group_of(parameter_name: str, decayed: set[str]) -> str:
 
 def create_pst_optimizer(
     model: nn.Module,
-    optimizer_cls: type[Optimizer],
+    optimizer_cls: Callable[..., Optimizer],
     *,
     lr: float,
     score_lr: float | None = None,
@@ -119,4 +120,4 @@ def create_pst_optimizer(
         [0.003, 0.01]
     """
     groups = parameter_groups(model, lr=lr, score_lr=score_lr, head_lr=head_lr, weight_decay=weight_decay)
-    return optimizer_cls(groups, lr=lr, **kwargs)
+    return optimizer_cls(groups, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -34,22 +34,28 @@ def find_block_linears(model: nn.Module) -> list[str]:
         if isinstance(module, nn.ModuleList)
         for index in range(len(module))
     ]
-    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    linears = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, (nn.Linear, Conv1D))
-        and not name.startswith(adapted or "\0")
-    ]
-    # The outermost block: experts are blocks within blocks, and belong to the layer that holds them.
-    inside = {
-        name: min((block for block in blocks if name.startswith(block)), key=len)
-        for name in linears
-        if any(name.startswith(block) for block in blocks)
-    }
-    suffixes = {re.sub(r"(^|\.)\d+(?=\.)", r"\1\\d+", name.removeprefix(block)) for name, block in inside.items()}
-    outside = set(linears) - set(inside)
-    usable = not any("\\d" in suffix for suffix in suffixes) and not any(
-        name == suffix or name.endswith(f".{suffix}") for name in outside for suffix in suffixes
-    )
-    return sorted(suffixes if usable else inside)
+    inside: dict[str, str] = {}  # name of each linear layer in a block: its name relative to that block
+    outside: list[str] = []
+    for name, module in _without_adapter_internals(model):
+        # The outermost block: experts are blocks within blocks, and belong to the layer that holds them.
+        block = min((block for block in blocks if name.startswith(block)), key=len, default=None)
+        if block is not None and isinstance(_base_of(module), (nn.Linear, Conv1D)):
+            inside[name] = name.removeprefix(block)
+        else:
+            outside.append(name)
+    suffixes = set(inside.values())
+    ambiguous = any(f".{name}".endswith(f".{suffix}") for name in outside for suffix in suffixes)
+    return sorted(inside if ambiguous else suffixes)
+
+
+def _without_adapter_internals(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    adapted: list[str] = []
+    for name, module in model.named_modules():
+        if not name.startswith(tuple(adapted)):
+            yield name, module
+        if isinstance(module, BaseTunerLayer):
+            adapted.append(f"{name}.")
+
+
+def _base_of(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
