@@ -38,8 +38,8 @@ def register() -> None:
     prefix_owners = [other for other, taken in PEFT_TYPE_TO_PREFIX_MAPPING.items() if taken == prefix and other != key]
     if key.value in {member.value for member in PeftType} or not is_ours or prefix_owners:
         raise ImportError(
-            f"peft {peft.__version__} already has a method named {key.value} or with the prefix {prefix}, which peft_pst "
-            "would shadow. Upgrade peft_pst, or install an older peft."
+            f"peft {peft.__version__} already has a method named {key.value} or with the prefix {prefix}, which "
+            "peft_pst would shadow. Upgrade peft_pst, or install an older peft."
         )
     PEFT_TYPE_TO_CONFIG_MAPPING[key] = PSTConfig
     PEFT_TYPE_TO_TUNER_MAPPING[key] = PSTModel

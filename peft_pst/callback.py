@@ -102,6 +102,6 @@ def _settle_length(plan: LayerPlan, max_steps: int) -> None:
     if max_steps < _first_step_at_target(plan):
         warnings.warn(
             f"Training ends after {max_steps} steps, before the schedule of total_steps={plan.config.total_steps} "
-            f"reaches target_sparsity={plan.config.target_sparsity}; leave total_steps at None to take it from the Trainer.",
+            f"reaches target_sparsity={plan.config.target_sparsity}; leave total_steps at None to take the Trainer's.",
             stacklevel=3,
         )

@@ -6,7 +6,7 @@ made again when it is needed, by the same functions that merging and reporting u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple, cast
 
@@ -167,8 +167,8 @@ def _parameter_gradients(
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
     """Gradients of the base weight and of every factor, from dL/dy (tokens, out) and x (tokens, in).
 
-    The dense gradient G = (dL/dy)' x is made and reduced a few rows at a time, so that the passes over it stay in the
-    processor's cache and it never exists as a whole.
+    The dense gradient G = (dL/dy)' x is made in large blocks of rows, so that the product is efficient and G need not
+    exist as a whole, and reduced in small ones, so that the passes over it stay in the processor's cache.
     """
     dtype = score_dtype(weight.dtype)
     tensors = [tensor for pruner in pruners for tensor in (pruner.mask, *pruner.factors.tensors)]
@@ -178,10 +178,13 @@ def _parameter_gradients(
     ]
     grad_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
     total_factors = [pruner.factors for pruner in _pruners(totals, [pruner.factors[6:] for pruner in pruners])]
-    for block in _row_blocks(weight):
-        grad = (rows[:, block].T @ x).to(dtype)
-        total_weight = None if grad_weight is None else grad_weight[block]
-        _add_block(grad, weight[block], [_rows(p, block, weight) for p in pruners], block, total_weight, total_factors)
+    for large in _row_blocks(0, weight.shape[0], weight.shape[1], _PRODUCT_NUMEL):
+        grad = rows[:, large].T @ x
+        for block in _row_blocks(large.start, large.stop, weight.shape[1], _reduction_numel(weight)):
+            part = grad[block.start - large.start : block.stop - large.start].to(dtype)
+            total_weight = None if grad_weight is None else grad_weight[block]
+            selected = [_rows(pruner, block, weight.shape[1]) for pruner in pruners]
+            _add_block(part, weight[block], selected, block, total_weight, total_factors)
     cast_totals = [
         None if total is None else total.to(cast("Tensor", tensor).dtype)
         for total, tensor in zip(totals, tensors, strict=True)
@@ -189,20 +192,22 @@ def _parameter_gradients(
     return None if grad_weight is None else grad_weight.to(weight.dtype), cast_totals
 
 
-_BLOCK_NUMEL = {"cpu": 1 << 17}  # half a megabyte in float32, a few of which fit a core's cache
-_BLOCK_NUMEL_ELSEWHERE = 1 << 24  # bounds the temporaries at 64 MiB each; fewer, larger kernels
+_PRODUCT_NUMEL = 1 << 24  # bounds a block of G at 64 MiB in float32
 
 
-def _row_blocks(weight: Tensor) -> list[slice]:
-    numel = _BLOCK_NUMEL.get(weight.device.type, _BLOCK_NUMEL_ELSEWHERE)
-    # A multiple of 8, so that a block's mask starts at a whole byte.
-    height = max(8, numel // weight.shape[1] // 8 * 8)
-    return [slice(start, min(start + height, weight.shape[0])) for start in range(0, weight.shape[0], height)]
+def _reduction_numel(weight: Tensor) -> int:
+    # Half a megabyte in float32, a few of which fit a core's cache; elsewhere launches cost more than passes.
+    return 1 << 17 if weight.device.type == "cpu" else _PRODUCT_NUMEL
 
 
-def _rows(pruner: Pruner, block: slice, weight: Tensor) -> Pruner:
+def _row_blocks(start: int, stop: int, width: int, numel: int) -> Iterator[slice]:
+    """Blocks of about `numel` entries, each starting at a multiple of 8 rows, hence at a whole byte of the mask."""
+    height = max(8, numel // width // 8 * 8)
+    return (slice(row, min(row + height, stop)) for row in range(start, stop, height))
+
+
+def _rows(pruner: Pruner, block: slice, width: int) -> Pruner:
     """The part of an adapter that concerns some rows of the matrix; V, B and C concern them all."""
-    width = weight.shape[1]
     U, V, A, B, R, C = pruner.factors.tensors
     U, A, R = (None if tensor is None else tensor[block] for tensor in (U, A, R))
     mask = pruner.mask[block.start * width // 8 : (block.stop * width + 7) // 8]
