@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,7 +199,7 @@ class PSTLayer(BaseTunerLayer):
     def get_scores(self, adapter_name: str) -> Tensor:
         """Importance of each weight, (out, in), from the dense base weight, also while merged."""
         factors = self.get_factors(adapter_name)
-        with torch.no_grad():
+        with _outside_any_graph(self._base.weight.device):
             return importance_scores(updated_weight(self._dense(), factors), factors)
 
     def get_mask(self, adapter_name: str) -> Tensor:
@@ -208,7 +209,7 @@ class PSTLayer(BaseTunerLayer):
     def get_masked_weight(self, adapter_names: Sequence[str] | None = None) -> Tensor:
         """The weight that these adapters (by default the active ones) put in force, (out, in), in the base's dtype."""
         names = self._present(self.active_adapters if adapter_names is None else adapter_names)
-        with torch.no_grad():
+        with _outside_any_graph(self._base.weight.device):
             weight = effective_weight(self._dense(), self._pruners(names)) if names else self._dense()
             # Laid out as the base layer stores it, so that this weight, once merged, gives the same sums bit for bit.
             return weight.T.contiguous().T if self._stores_transposed else weight
@@ -227,9 +228,8 @@ class PSTLayer(BaseTunerLayer):
         origin = self._fingerprint([adapter_name])
         cached = self._masks.get(adapter_name)
         if cached is None or cached[0] != origin:
-            with torch.no_grad(), torch.autocast(self._dense().device.type, enabled=False):
-                mask = self._select(adapter_name)
-            cached = (origin, pack_mask(mask))
+            with _outside_any_graph(self._base.weight.device):
+                cached = (origin, pack_mask(self._select(adapter_name)))
             self._masks[adapter_name] = cached
         return cached[1]
 
@@ -372,6 +372,13 @@ class PSTLinear(nn.Module, PSTLayer):
 
     def __repr__(self) -> str:
         return "pst." + super().__repr__()
+
+
+@contextmanager
+def _outside_any_graph(device: torch.device) -> Iterator[None]:
+    """Without gradient and in full precision, also within autocast; usable in a later graph, also within inference mode."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _identity(tensor: Tensor) -> tuple[int, int, int]:

@@ -93,16 +93,14 @@ def _kth_smallest(flat: Tensor, k: int) -> Tensor:
     if flat.device.type != "cpu":
         return work.kthvalue(k).values
     work.numpy().partition(k - 1)
+    if work[k - 1 :].isnan().any():  # NumPy puts NaN last
+        raise ValueError(NAN_MESSAGE)
     return work[k - 1]
 
 
 def _last_ties(flat: Tensor, threshold: Tensor, number: int) -> Tensor:
     """Positions of the last `number` entries that equal the threshold."""
-    positions = (flat == threshold).nonzero().squeeze(1)
-    if number > positions.numel():
-        # Comparisons with NaN are False, so fewer entries than asked for lie at or above the threshold.
-        raise ValueError(NAN_MESSAGE)
-    return positions[-number:]
+    return (flat == threshold).nonzero().squeeze(1)[-number:]
 
 
 def topk_mask(scores: Tensor, sparsity: float) -> Tensor:
@@ -163,7 +161,7 @@ def pack_mask(mask: Tensor) -> Tensor:
         torch.Size([3])
     """
     flat = mask.reshape(-1)
-    if flat.numel() % 8:
+    if flat.numel() % 8 or flat.storage_offset() % 8:  # padding copies
         flat = F.pad(flat, (0, -flat.numel() % 8))
     words = flat.view(torch.uint8).view(torch.int64)
     return ((words * _GATHER) >> 56).to(torch.uint8)

@@ -1,0 +1,34 @@
+# Every target makes the environment it needs in .venv, from the versions pinned in constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: demo test test-slow test-gpu check clean
+
+demo: $(VENV)/demo.stamp  ## fine-tune, prune, merge and reload a real model on real data (about four minutes)
+	$(BIN)/peft-pst demo
+
+test: $(VENV)/test.stamp  ## the whole quick suite, docstrings, README and notebooks included (under five minutes)
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/test.stamp $(VENV)/demo.stamp  ## what takes minutes or the demo's packages
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/test.stamp  ## what needs a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+check: $(VENV)/test.stamp  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/%.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) ".[$*]"
+	@touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)

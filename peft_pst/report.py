@@ -1,0 +1,543 @@
+"""How sparse a model is: zeros counted in the tensors, layer by layer, against what was promised.
+
+Three sources give the same `SparsityReport`: a live model (`report_model`), a checkpoint on disk
+(`report_checkpoint`), and the JSON that an earlier report was saved as (`SparsityReport.load`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .layer import PSTLayer
+from .masking import num_pruned
+from .model import pst_layers
+from .tables import bar, draw_table, file_size
+
+REPORT_NAME = "pst_report.json"
+"""The file beside a merged checkpoint's weights that keeps the promise and the target of each layer."""
+
+_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """The zeros of one weight matrix.
+
+    Attributes:
+        name: name of the layer in the plain model, such as "encoder.layer.0.attention.self.query".
+        shape: (out_features, in_features), whatever the storage. For a matrix of a checkpoint of which nothing was
+            promised it is the stored shape.
+        zeros: entries that are exactly zero, counted in the tensor.
+        promised: zeros that the adapter says are there, from its state; None where no adapter is known.
+        target_sparsity: fraction of zeros to be reached at the end, in [0, 1); None where no adapter is known.
+        transposed: whether the tensor is stored as (in, out), as transformers' `Conv1D` does.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    zeros: int
+    promised: int | None = None
+    target_sparsity: float | None = None
+    transposed: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Number of entries."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros, in [0, 1]."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+    @property
+    def lost_zeros(self) -> int:
+        """Promised zeros that are not there: something was written into the matrix after it was pruned."""
+        return 0 if self.promised is None else max(0, self.promised - self.zeros)
+
+    @property
+    def misses_target(self) -> bool:
+        """Whether there are fewer zeros than the target asks for."""
+        return self.target_sparsity is not None and self.zeros < num_pruned(self.weights, self.target_sparsity)
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """Zeros of a model, counted from its tensors.
+
+    Attributes:
+        source: what was counted: a class name, or a path as it was given.
+        layers: the matrices in question: the adapted ones; in a checkpoint of which nothing was promised, those inside
+            numbered blocks (or all, if there are no blocks).
+        others: the remaining matrices of a checkpoint, such as embeddings and head; empty for a live model.
+        total_parameters: parameters of the plain model, the adapter not counted.
+        trainable_parameters: parameters that the adapter trains and saves, head included; None where none is known.
+        files: sizes on disk in bytes, by file name; empty for a live model.
+
+    Example:
+        >>> row = LayerSparsity("layers.0.up", (4, 8), zeros=24, promised=24, target_sparsity=0.75)
+        >>> report = SparsityReport("tiny", (row,), total_parameters=40)
+        >>> report.zeros, report.weights, report.sparsity, report.misses_target
+        (24, 32, 0.75, ())
+    """
+
+    source: str
+    layers: tuple[LayerSparsity, ...]
+    others: tuple[LayerSparsity, ...] = ()
+    total_parameters: int = 0
+    trainable_parameters: int | None = None
+    files: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def zeros(self) -> int:
+        """Zeros in `layers`."""
+        return sum(layer.zeros for layer in self.layers)
+
+    @property
+    def weights(self) -> int:
+        """Entries of `layers`."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in `layers`, in [0, 1]."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+    @property
+    def target_sparsity(self) -> float | None:
+        """Fraction of zeros in `layers` once each has reached its target; None where a target is not known."""
+        if not self.weights or any(layer.target_sparsity is None for layer in self.layers):
+            return None
+        return sum(num_pruned(layer.weights, layer.target_sparsity or 0.0) for layer in self.layers) / self.weights
+
+    @property
+    def lost_zeros(self) -> tuple[LayerSparsity, ...]:
+        """Layers that hold fewer zeros than was promised."""
+        return tuple(layer for layer in self.layers if layer.lost_zeros)
+
+    @property
+    def misses_target(self) -> tuple[LayerSparsity, ...]:
+        """Layers that hold fewer zeros than their target asks for."""
+        return tuple(layer for layer in self.layers if layer.misses_target)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values, the sums included; `from_dict` reads it back."""
+        return {
+            "source": self.source,
+            "sparsity": self.sparsity,
+            "target_sparsity": self.target_sparsity,
+            "zeros": self.zeros,
+            "weights": self.weights,
+            "total_parameters": self.total_parameters,
+            "trainable_parameters": self.trainable_parameters,
+            "files": dict(self.files),
+            "lost_zeros": [layer.name for layer in self.lost_zeros],
+            "misses_target": [layer.name for layer in self.misses_target],
+            "layers": [_row_to_dict(layer) for layer in self.layers],
+            "others": [_row_to_dict(layer) for layer in self.others],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SparsityReport:
+        """The inverse of `to_dict`; sums are made anew and not read.
+
+        Raises:
+            ValueError: if a field is missing or of another type.
+        """
+        try:
+            return cls(
+                source=values["source"],
+                layers=tuple(map(_row_from_dict, values["layers"])),
+                others=tuple(map(_row_from_dict, values["others"])),
+                total_parameters=values["total_parameters"],
+                trainable_parameters=values["trainable_parameters"],
+                files=dict(values["files"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is not a sparsity report ({type(error).__name__}: {error})") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict` as JSON; an interrupted write leaves the old file whole."""
+        path = Path(path)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            beside.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SparsityReport:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged or something else.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} cannot be read: {error}; write it anew with `peft-pst merge`.") from error
+
+    def to_table(self, show_all: bool | None = None) -> str:
+        """A table for the terminal, with sums and remarks.
+
+        Args:
+            show_all: one line for each matrix if True, one for each kind of matrix ("attention.self.query" of all
+                blocks) if False; None shows every matrix where there are at most 16.
+
+        Returns:
+            Lines of at most about 110 characters for usual names, without a trailing newline.
+        """
+        if show_all is None:
+            show_all = len(self.layers) <= 16
+        groups = [(layer.name, [layer]) for layer in self.layers] if show_all else by_kind(self.layers)
+        lines = draw_table(
+            header=("layer" if show_all else "kind", "" if show_all else "layers", "out × in", "zeros", "weights")
+            + ("sparsity", "", "target", ""),
+            rows=[_table_row(name, rows, counted=not show_all) for name, rows in groups],
+            footer=_table_row("total", self.layers, counted=not show_all),
+            left=(0, 6, 8),
+        )
+        return "\n".join([f"Sparsity of {self.source}", "", *lines, "", *_remarks(self)])
+
+
+def report_model(model: nn.Module, adapter_name: str | None = None, *, progressbar: bool = False) -> SparsityReport:
+    """Count the zeros of a live model's adapted layers, one layer at a time.
+
+    Args:
+        model: a model with PST adapters, a `PeftModel` or one with injected adapters; merged or not.
+        adapter_name: the adapter to report on; by default those now active. Where several are active the layer is
+            zero where any of them prunes, and the highest promise and target are the ones to keep.
+        progressbar: whether to show progress on a terminal.
+
+    Raises:
+        ValueError: if the model has no such adapter.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_pst import PSTConfig
+        >>> base = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+        >>> model = get_peft_model(base, PSTConfig(target_modules=["0"], initial_sparsity=0.75, target_sparsity=0.75))
+        >>> report = report_model(model)
+        >>> report.layers[0]
+        LayerSparsity(name='0', shape=(4, 8), zeros=24, promised=24, target_sparsity=0.75, transposed=False)
+        >>> report.trainable_parameters, report.total_parameters
+        (204, 46)
+    """
+    found = {layer: _adapters_to_report(layer, adapter_name) for layer in pst_layers(model)}
+    pairs = [(layer, names) for layer, names in found.items() if names]
+    if not pairs:
+        known = sorted({name for layer in found for name in layer.pst_plans})
+        wanted = "active PST adapter" if adapter_name is None else f"PST adapter named {adapter_name!r}"
+        raise ValueError(f"The model has no {wanted}; it has {known or 'none'}.")
+    rows = tuple(_count_layer(layer, names) for layer, names in _progress(pairs, progressbar, "counting", "layer"))
+    names = sorted({name for _, names in pairs for name in names})
+    return SparsityReport(
+        source=_plain_class_name(model),
+        layers=rows,
+        total_parameters=sum(
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if not {"modules_to_save", *PSTLayer.adapter_layer_names}.intersection(name.split("."))
+        ),
+        trainable_parameters=sum(_count_adapter_parameters(model, name) for name in names),
+    )
+
+
+def report_checkpoint(path: str | Path, *, progressbar: bool = False) -> SparsityReport:
+    """Count the zeros of every floating-point matrix of a safetensors checkpoint, one tensor at a time.
+
+    A `pst_report.json` beside the weights, as `peft-pst merge` writes it, says which layers were pruned and how many
+    zeros each was promised; then `layers` holds these, and a layer that lost zeros since is flagged.
+
+    Args:
+        path: a folder with `model.safetensors`, a sharded checkpoint, or other safetensors files; or one such file.
+        progressbar: whether to show progress on a terminal.
+
+    Raises:
+        FileNotFoundError: if there are no safetensors files, or a shard is missing.
+        ValueError: if a file is damaged, or the promises belong to another checkpoint.
+    """
+    files = checkpoint_files(path)
+    matrices, total = [], 0
+    for file in files:
+        with _open(file) as tensors:
+            for key in _progress(tensors.keys(), progressbar, file.name, "tensor"):
+                shape, is_floating = _describe(tensors, key)
+                total += torch.Size(shape).numel() if is_floating else 0
+                if is_floating and len(shape) == 2:
+                    matrices.append(LayerSparsity(_layer_name(key), shape, count_zeros(tensors.get_tensor(key))))
+    promise_file = files[0].parent / REPORT_NAME
+    promise = SparsityReport.load(promise_file) if promise_file.is_file() else None
+    layers, others = _split(matrices) if promise is None else _compare(matrices, promise, promise_file)
+    return SparsityReport(
+        source=str(path),
+        layers=layers,
+        others=others,
+        total_parameters=total,
+        trainable_parameters=None if promise is None else promise.trainable_parameters,
+        files={file.name: file.stat().st_size for file in files},
+    )
+
+
+def checkpoint_files(path: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in the order in which transformers looks for them.
+
+    Raises:
+        FileNotFoundError: if there are none, or one that the index names is missing.
+        ValueError: if the index is damaged.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        return [path]
+    if (path / SAFE_WEIGHTS_NAME).is_file():
+        return [path / SAFE_WEIGHTS_NAME]
+    index = path / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"{str(path)!r} holds no safetensors files; pass the folder of a checkpoint.")
+        return files
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(index)!r} is damaged: {error!r}.") from error
+    for name in names:
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{str(path / name)!r} is missing, although {index.name} names it.")
+    return [path / name for name in names]
+
+
+def checkpoint_weight(path: str | Path, layer: LayerSparsity) -> Tensor:
+    """The weight of one reported layer, read from the checkpoint, (out, in).
+
+    Raises:
+        KeyError: if the checkpoint has no such layer.
+    """
+    for file in checkpoint_files(path):
+        with _open(file) as tensors:
+            for key in tensors.keys():  # noqa: SIM118  # not a dict
+                if _layer_name(key) == layer.name:
+                    weight = tensors.get_tensor(key)
+                    return weight.T if layer.transposed else weight
+    raise KeyError(f"{str(path)!r} holds no layer {layer.name!r}.")
+
+
+def count_zeros(weight: Tensor) -> int:
+    """Entries that are exactly zero; -0.0 is one of them.
+
+    Example:
+        >>> count_zeros(torch.tensor([0.0, -0.0, 1e-30]))
+        2
+    """
+    weight = weight.float() if weight.element_size() == 1 else weight  # torch counts no 8-bit floats
+    return weight.numel() - int(torch.count_nonzero(weight))
+
+
+def by_kind(layers: Sequence[LayerSparsity]) -> list[tuple[str, list[LayerSparsity]]]:
+    """Group layers that differ in their block numbers only.
+
+    Returns:
+        (kind, layers) in order of appearance; numbers become "*", and the part that all kinds start with is left out.
+
+    Example:
+        >>> layers = [LayerSparsity(f"h.{i}.{name}", (2, 2), 0) for i in range(2) for name in ("up", "down")]
+        >>> [(kind, len(rows)) for kind, rows in by_kind(layers)]
+        [('up', 2), ('down', 2)]
+    """
+    groups: dict[str, list[LayerSparsity]] = {}
+    for layer in layers:
+        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.name), []).append(layer)
+    split = [kind.split(".") for kind in groups]
+    common = os.path.commonprefix([parts[:-1] for parts in split])
+    return [(".".join(parts[len(common) :]), rows) for parts, rows in zip(split, groups.values(), strict=True)]
+
+
+# Counting
+
+
+def _adapters_to_report(layer: PSTLayer, adapter_name: str | None) -> list[str]:
+    wanted = layer.active_adapters if adapter_name is None else [adapter_name]
+    return [name for name in wanted if name in layer.pst_plans]
+
+
+def _count_layer(layer: PSTLayer, names: list[str]) -> LayerSparsity:
+    base = layer.get_base_layer()
+    # A merged layer is counted as it stands, whatever was done to it since.
+    is_merged = sorted(layer.merged_adapters) == sorted(names)
+    return LayerSparsity(
+        name=layer.module_name,
+        shape=(layer.out_features, layer.in_features),
+        zeros=count_zeros(base.weight if is_merged else layer.get_masked_weight(names)),
+        promised=max(layer.get_num_pruned(name) for name in names),
+        target_sparsity=max(layer.pst_plans[name].target_sparsity for name in names),
+        transposed=isinstance(base, Conv1D),
+    )
+
+
+def _count_adapter_parameters(model: nn.Module, adapter_name: str) -> int:
+    """Parameters in the adapter's file; the zero count of each layer is state and not a parameter."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return sum(tensor.numel() for name, tensor in state.items() if "pst_num_pruned" not in name)
+
+
+def _plain_class_name(model: nn.Module) -> str:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(base).__name__
+
+
+def _progress(items: Any, show: bool, what: str, unit: str) -> Any:
+    return tqdm(items, desc=what, unit=unit, leave=False, disable=None if show else True)
+
+
+# Reading checkpoints
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}.") from error
+
+
+def _describe(tensors: Any, key: str) -> tuple[tuple[int, ...], bool]:
+    piece = tensors.get_slice(key)
+    return tuple(piece.get_shape()), piece.get_dtype() in _FLOATING
+
+
+def _layer_name(key: str) -> str:
+    return key.removesuffix(".weight")
+
+
+def _split(
+    matrices: Sequence[LayerSparsity],
+) -> tuple[tuple[LayerSparsity, ...], tuple[LayerSparsity, ...]]:
+    """Matrices inside numbered blocks, and the rest (embeddings, pooler, head)."""
+    ordered = sorted(matrices, key=_natural_order)
+    inside = tuple(layer for layer in ordered if re.search(r"(^|\.)\d+\.", layer.name))
+    if not inside:
+        return tuple(ordered), ()
+    return inside, tuple(layer for layer in ordered if layer not in inside)
+
+
+def _natural_order(layer: LayerSparsity) -> list[tuple[int, str]]:
+    """Block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in layer.name.split(".")]
+
+
+def _compare(
+    matrices: Sequence[LayerSparsity], promise: SparsityReport, promise_file: Path
+) -> tuple[tuple[LayerSparsity, ...], tuple[LayerSparsity, ...]]:
+    """Each promised layer as it is now, in the order of the promise, and the rest."""
+    found = {layer.name: layer for layer in matrices}
+    layers = []
+    for promised in promise.layers:
+        layer = found.pop(promised.name, None)
+        stored = promised.shape[::-1] if promised.transposed else promised.shape
+        if layer is None or layer.shape != stored:
+            problem = "is not in the checkpoint" if layer is None else f"has shape {layer.shape} and not {stored}"
+            raise ValueError(
+                f"Layer {promised.name} of {str(promise_file)!r} {problem}: the file belongs to another checkpoint; "
+                "remove it, or put back the one that `peft-pst merge` wrote."
+            )
+        layers.append(
+            LayerSparsity(
+                promised.name,
+                promised.shape,
+                layer.zeros,
+                promised=promised.promised,
+                target_sparsity=promised.target_sparsity,
+                transposed=promised.transposed,
+            )
+        )
+    return tuple(layers), tuple(sorted(found.values(), key=_natural_order))
+
+
+# JSON
+
+
+def _row_to_dict(layer: LayerSparsity) -> dict[str, Any]:
+    return {**asdict(layer), "shape": list(layer.shape), "weights": layer.weights, "sparsity": layer.sparsity}
+
+
+def _row_from_dict(values: Mapping[str, Any]) -> LayerSparsity:
+    out, in_ = (int(size) for size in values["shape"])
+    names = ("name", "zeros", "promised", "target_sparsity", "transposed")
+    return LayerSparsity(shape=(out, in_), **{name: values[name] for name in names})
+
+
+# The table
+
+
+def _percent(fraction: float) -> str:
+    # Never rounded up to a sparsity that is not there.
+    return f"{int(fraction * 10_000 + 1e-6) / 100:.2f} %"
+
+
+def _table_row(name: str, layers: Sequence[LayerSparsity], counted: bool) -> tuple[str, ...]:
+    zeros, weights = sum(layer.zeros for layer in layers), sum(layer.weights for layer in layers)
+    sparsity = zeros / weights if weights else 0.0
+    shapes = {f"{layer.shape[0]:,} × {layer.shape[1]:,}" for layer in layers}
+    shape = shapes.pop() if len(shapes) == 1 else ""
+    count = f"{len(layers)}" if counted else ""
+    return (name, count, shape, f"{zeros:,}", f"{weights:,}", _percent(sparsity), bar(sparsity)) + (
+        _target(layers),
+        _mark(layers),
+    )
+
+
+def _target(layers: Sequence[LayerSparsity]) -> str:
+    targets = sorted({layer.target_sparsity for layer in layers if layer.target_sparsity is not None})
+    if not targets:
+        return ""
+    low, high = f"{100 * targets[0]:g}", f"{100 * targets[-1]:g}"
+    return f"{high} %" if low == high else f"{low}–{high} %"
+
+
+def _mark(layers: Sequence[LayerSparsity]) -> str:
+    lost = sum(layer.lost_zeros for layer in layers)
+    missing = sum(layer.misses_target for layer in layers)
+    if lost:
+        return f"✗ {lost:,} zeros lost"
+    if missing:
+        return "✗ below target" if missing == len(layers) else f"✗ {missing} of {len(layers)} below target"
+    return "" if any(layer.target_sparsity is None for layer in layers) else "✓"
+
+
+def _remarks(report: SparsityReport) -> Iterator[str]:
+    for layer in report.lost_zeros[:5]:
+        yield (
+            f"! {layer.name} holds {layer.zeros:,} zeros, {layer.lost_zeros:,} fewer than the adapter put there: "
+            "it was changed after pruning."
+        )
+    if len(report.lost_zeros) > 5:
+        yield f"! {len(report.lost_zeros) - 5} more layers lost zeros; --all shows them."
+    if report.others:
+        zeros, weights = (sum(getattr(layer, what) for layer in report.others) for what in ("zeros", "weights"))
+        yield f"Other matrices   {len(report.others)} (embeddings, heads), {weights:,} weights, {zeros:,} of them zero"
+    if report.total_parameters:
+        zeros = report.zeros + sum(layer.zeros for layer in report.others)
+        share = _percent(zeros / report.total_parameters)
+        yield f"Whole model      {report.total_parameters:,} parameters, {share} of them zero in the matrices counted"
+    if report.trainable_parameters is not None and report.total_parameters:
+        share = f"{100 * report.trainable_parameters / report.total_parameters:.2f} %"
+        yield f"Trained          {report.trainable_parameters:,} parameters, {share} of the model's number"
+    for label, (name, size) in zip(["On disk", *[""] * len(report.files)], report.files.items(), strict=False):
+        yield f"{label:<16} {name}, {file_size(size)}"
+    if not report.target_sparsity and any(layer.target_sparsity is None for layer in report.layers):
+        yield "No target known  the checkpoint has no pst_report.json, so nothing can be compared"
