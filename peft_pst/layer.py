@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class ScheduleStatus:
     """Whether the schedule of an adapter has been driven in this process; one object for all layers of the adapter."""
 
     moved: bool = False
-    warned: bool = False
+    warned: set[str] = field(default_factory=set)  # the occasions on which the user was told that it has not
     length_from_trainer: bool = False  # total_steps was filled in by the callback, so the next run may fill it anew
 
 
@@ -61,15 +61,6 @@ class LayerPlan:
         return plan
 
 
-def never_pruned_message(adapter_name: str, target_sparsity: float) -> str:
-    """The warning for evaluating or merging an adapter whose schedule nobody drives."""
-    return (
-        f"Adapter {adapter_name!r} prunes nothing: its sparsity is still 0 although its target is {target_sparsity}, "
-        "because the schedule has never moved. Train with Trainer(..., callbacks=[PSTCallback()]), or call "
-        "model.update_sparsity(step, total_steps) after every optimizer step."
-    )
-
-
 class PSTLayer(BaseTunerLayer):
     """The state of every PST adapter on one base layer, and what PEFT does to it.
 
@@ -95,8 +86,9 @@ class PSTLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._stores_transposed = isinstance(self._base, Conv1D)
         self.in_features, self.out_features = _features(self._base)
-        # Plain attributes, not buffers: none of the three belongs in a state dict.
+        # Plain attributes, not buffers: none of these belongs in a state dict.
         self._dense_weight: Tensor | None = None  # the base weight while an adapter is merged
+        self._counts: dict[str, tuple[object, int]] = {}  # pst_num_pruned on the host: reading a GPU's would stall it
         self._masks: dict[str, tuple[object, Tensor]] = {}  # per adapter: what it was selected from, packed mask
         self._masked_weight: tuple[object, Tensor] | None = None  # for evaluation: what it was made from, weight
         self._warned_about_hooks = False
@@ -147,6 +139,7 @@ class PSTLayer(BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self._counts.pop(adapter_name, None)
         self._forget(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -154,6 +147,7 @@ class PSTLayer(BaseTunerLayer):
         self._masked_weight = None
 
     def _forget(self, adapter_name: str) -> None:
+        """Drop what was selected, so that the next forward selects anew."""
         self._masks.pop(adapter_name, None)
         self._masked_weight = None
 
@@ -166,13 +160,18 @@ class PSTLayer(BaseTunerLayer):
 
     def get_num_pruned(self, adapter_name: str) -> int:
         """The number of zeros now in force, read from the adapter's state."""
-        count = int(self.pst_num_pruned[adapter_name])
+        buffer = self.pst_num_pruned[adapter_name]
+        known = self._counts.get(adapter_name)
+        if known is not None and known[0] == _identity(buffer):
+            return known[1]
+        count = int(buffer)
         if not 0 <= count < self.num_weights:
             raise ValueError(
                 f"Layer {self.module_name}, adapter {adapter_name!r}: pst_num_pruned={count} is outside "
                 f"[0, {self.num_weights}), the number of weights. The adapter file is damaged or belongs to another "
                 "model; load the one that was saved for this base."
             )
+        self._counts[adapter_name] = (_identity(buffer), count)
         return count
 
     def set_sparsity(self, adapter_name: str, sparsity: float) -> None:
@@ -182,9 +181,26 @@ class PSTLayer(BaseTunerLayer):
                 f"Layer {self.module_name}: the sparsity of adapter {adapter_name!r} cannot change while it is merged; "
                 "call unmerge_adapter() first."
             )
-        self.pst_num_pruned[adapter_name].fill_(num_pruned(self.num_weights, sparsity))
+        buffer, count = self.pst_num_pruned[adapter_name], num_pruned(self.num_weights, sparsity)
+        buffer.fill_(count)
+        self._counts[adapter_name] = (_identity(buffer), count)
         # Counters of in-place writes do not see every optimizer (some write through raw pointers), a step does.
         self._forget(adapter_name)
+
+    def _warn_if_never_pruned(self, adapter_names: Sequence[str], occasion: str) -> None:
+        for name in adapter_names:
+            plan = self.pst_plans[name]
+            told = plan.status.moved or occasion in plan.status.warned
+            if told or plan.target_sparsity == 0 or self.get_num_pruned(name):
+                continue
+            plan.status.warned.add(occasion)
+            warnings.warn(
+                f"{occasion} adapter {name!r}, which prunes nothing: its sparsity is still 0 although its target is "
+                f"{plan.target_sparsity}, because the schedule has never moved. Train with "
+                "Trainer(..., callbacks=[PSTCallback()]), or call model.update_sparsity(step, total_steps) after every "
+                "optimizer step.",
+                stacklevel=3,
+            )
 
     def get_factors(self, adapter_name: str) -> Factors:
         """The trainable tensors of one adapter with their scales, for the pure functions."""
@@ -263,6 +279,7 @@ class PSTLayer(BaseTunerLayer):
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
+        self._warn_if_never_pruned(names, "Merging")
         merged_names = self.merged_adapters + names
         if safe_merge:
             self._check_finite(names)
@@ -340,7 +357,7 @@ class PSTLinear(nn.Module, PSTLayer):
             return self.get_masked_weight(adapter_names)
         origin = self._fingerprint(adapter_names)
         if self._masked_weight is None or self._masked_weight[0] != origin:
-            self._warn_if_never_pruned(adapter_names)
+            self._warn_if_never_pruned(adapter_names, "Evaluating")
             self._masked_weight = (origin, self.get_masked_weight(adapter_names))
         return self._masked_weight[1]
 
@@ -348,14 +365,6 @@ class PSTLinear(nn.Module, PSTLayer):
         if mode:
             self._masked_weight = None
         return super().train(mode)
-
-    def _warn_if_never_pruned(self, adapter_names: Sequence[str]) -> None:
-        for name in adapter_names:
-            plan = self.pst_plans[name]
-            if plan.status.moved or plan.status.warned or plan.target_sparsity == 0 or self.get_num_pruned(name):
-                continue
-            plan.status.warned = True
-            warnings.warn(never_pruned_message(name, plan.target_sparsity), stacklevel=2)
 
     def _warn_about_hooks(self) -> None:
         base = self._base

@@ -11,7 +11,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from .layer import PSTLayer, PSTLinear, ScheduleStatus, never_pruned_message, supports
+from .layer import PSTLayer, PSTLinear, ScheduleStatus, supports
 from .schedule import cubic_sparsity
 from .targets import find_block_linears
 
@@ -95,10 +95,6 @@ class PSTModel(BaseTuner):
         self._status = ScheduleStatus()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _warn_about_unmatched_patterns(self.peft_config[adapter_name], self.targeted_module_names)
-
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        warn_if_never_pruned(self.model)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -205,17 +201,6 @@ def active_adapters(model: nn.Module) -> list[tuple[PSTLayer, str]]:
             "with set_adapter()."
         )
     return pairs
-
-
-def warn_if_never_pruned(model: nn.Module) -> None:
-    """Warn once if an active adapter's schedule has never moved although it has somewhere to go."""
-    pairs = [(layer, name) for layer in pst_layers(model) for name in layer.active_adapters if name in layer.pst_plans]
-    for adapter_name in dict.fromkeys(name for _, name in pairs):
-        layers = [layer for layer, name in pairs if name == adapter_name]
-        target = max(layer.pst_plans[adapter_name].target_sparsity for layer in layers)
-        untouched = all(layer.get_num_pruned(adapter_name) == 0 for layer in layers)
-        if target > 0 and untouched and not layers[0].pst_plans[adapter_name].status.moved:
-            warnings.warn(never_pruned_message(adapter_name, target), stacklevel=3)
 
 
 def _warn_about_unmatched_patterns(config: Any, module_names: list[str]) -> None:

@@ -7,30 +7,28 @@ Three sources give the same `SparsityReport`: a live model (`report_model`), a c
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .checkpoint import checkpoint_files, floating_tensors
 from .layer import PSTLayer
 from .masking import num_pruned
 from .model import pst_layers
-from .tables import bar, draw_table, file_size
+from .tables import sparsity_table
 
 REPORT_NAME = "pst_report.json"
 """The file beside a merged checkpoint's weights that keeps the promise and the target of each layer."""
-
-_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True)
@@ -203,17 +201,7 @@ class SparsityReport:
         Returns:
             Lines of at most about 110 characters for usual names, without a trailing newline.
         """
-        if show_all is None:
-            show_all = len(self.layers) <= 16
-        groups = [(layer.name, [layer]) for layer in self.layers] if show_all else by_kind(self.layers)
-        lines = draw_table(
-            header=("layer" if show_all else "kind", "" if show_all else "layers", "out × in", "zeros", "weights")
-            + ("sparsity", "", "target", ""),
-            rows=[_table_row(name, rows, counted=not show_all) for name, rows in groups],
-            footer=_table_row("total", self.layers, counted=not show_all),
-            left=(0, 6, 8),
-        )
-        return "\n".join([f"Sparsity of {self.source}", "", *lines, "", *_remarks(self)])
+        return sparsity_table(self, show_all)
 
 
 def report_model(model: nn.Module, adapter_name: str | None = None, *, progressbar: bool = False) -> SparsityReport:
@@ -275,13 +263,10 @@ def report_checkpoint(path: str | Path, *, progressbar: bool = False) -> Sparsit
     """
     files = checkpoint_files(path)
     matrices, total = [], 0
-    for file in files:
-        with _open(file) as tensors:
-            for key in _progress(tensors.keys(), progressbar, file.name, "tensor"):
-                shape, is_floating = _describe(tensors, key)
-                total += torch.Size(shape).numel() if is_floating else 0
-                if is_floating and len(shape) == 2:
-                    matrices.append(LayerSparsity(_layer_name(key), shape, count_zeros(tensors.get_tensor(key))))
+    for stored in _progress([*floating_tensors(files)], progressbar, "counting", "tensor"):
+        total += math.prod(stored.shape)
+        if len(stored.shape) == 2:
+            matrices.append(LayerSparsity(_layer_name(stored.key), stored.shape, count_zeros(stored.read())))
     promise_file = files[0].parent / REPORT_NAME
     promise = SparsityReport.load(promise_file) if promise_file.is_file() else None
     layers, others = _split(matrices) if promise is None else _compare(matrices, promise, promise_file)
@@ -295,46 +280,15 @@ def report_checkpoint(path: str | Path, *, progressbar: bool = False) -> Sparsit
     )
 
 
-def checkpoint_files(path: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in the order in which transformers looks for them.
-
-    Raises:
-        FileNotFoundError: if there are none, or one that the index names is missing.
-        ValueError: if the index is damaged.
-    """
-    path = Path(path)
-    if path.is_file() and path.suffix == ".safetensors":
-        return [path]
-    if (path / SAFE_WEIGHTS_NAME).is_file():
-        return [path / SAFE_WEIGHTS_NAME]
-    index = path / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"{str(path)!r} holds no safetensors files; pass the folder of a checkpoint.")
-        return files
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(index)!r} is damaged: {error!r}.") from error
-    for name in names:
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{str(path / name)!r} is missing, although {index.name} names it.")
-    return [path / name for name in names]
-
-
 def checkpoint_weight(path: str | Path, layer: LayerSparsity) -> Tensor:
     """The weight of one reported layer, read from the checkpoint, (out, in).
 
     Raises:
         KeyError: if the checkpoint has no such layer.
     """
-    for file in checkpoint_files(path):
-        with _open(file) as tensors:
-            for key in tensors.keys():  # noqa: SIM118  # not a dict
-                if _layer_name(key) == layer.name:
-                    weight = tensors.get_tensor(key)
-                    return weight.T if layer.transposed else weight
+    for stored in floating_tensors(checkpoint_files(path)):
+        if _layer_name(stored.key) == layer.name:
+            return stored.read().T if layer.transposed else stored.read()
     raise KeyError(f"{str(path)!r} holds no layer {layer.name!r}.")
 
 
@@ -347,25 +301,6 @@ def count_zeros(weight: Tensor) -> int:
     """
     weight = weight.float() if weight.element_size() == 1 else weight  # torch counts no 8-bit floats
     return weight.numel() - int(torch.count_nonzero(weight))
-
-
-def by_kind(layers: Sequence[LayerSparsity]) -> list[tuple[str, list[LayerSparsity]]]:
-    """Group layers that differ in their block numbers only.
-
-    Returns:
-        (kind, layers) in order of appearance; numbers become "*", and the part that all kinds start with is left out.
-
-    Example:
-        >>> layers = [LayerSparsity(f"h.{i}.{name}", (2, 2), 0) for i in range(2) for name in ("up", "down")]
-        >>> [(kind, len(rows)) for kind, rows in by_kind(layers)]
-        [('up', 2), ('down', 2)]
-    """
-    groups: dict[str, list[LayerSparsity]] = {}
-    for layer in layers:
-        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.name), []).append(layer)
-    split = [kind.split(".") for kind in groups]
-    common = os.path.commonprefix([parts[:-1] for parts in split])
-    return [(".".join(parts[len(common) :]), rows) for parts, rows in zip(split, groups.values(), strict=True)]
 
 
 # Counting
@@ -383,7 +318,7 @@ def _count_layer(layer: PSTLayer, names: list[str]) -> LayerSparsity:
     return LayerSparsity(
         name=layer.module_name,
         shape=(layer.out_features, layer.in_features),
-        zeros=count_zeros(base.weight if is_merged else layer.get_masked_weight(names)),
+        zeros=count_zeros(cast(Tensor, base.weight) if is_merged else layer.get_masked_weight(names)),
         promised=max(layer.get_num_pruned(name) for name in names),
         target_sparsity=max(layer.pst_plans[name].target_sparsity for name in names),
         transposed=isinstance(base, Conv1D),
@@ -397,7 +332,7 @@ def _count_adapter_parameters(model: nn.Module, adapter_name: str) -> int:
 
 
 def _plain_class_name(model: nn.Module) -> str:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     return type(base).__name__
 
 
@@ -405,19 +340,7 @@ def _progress(items: Any, show: bool, what: str, unit: str) -> Any:
     return tqdm(items, desc=what, unit=unit, leave=False, disable=None if show else True)
 
 
-# Reading checkpoints
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{str(file)!r} is damaged: {error}.") from error
-
-
-def _describe(tensors: Any, key: str) -> tuple[tuple[int, ...], bool]:
-    piece = tensors.get_slice(key)
-    return tuple(piece.get_shape()), piece.get_dtype() in _FLOATING
+# Checkpoints
 
 
 def _layer_name(key: str) -> str:
@@ -455,16 +378,7 @@ def _compare(
                 f"Layer {promised.name} of {str(promise_file)!r} {problem}: the file belongs to another checkpoint; "
                 "remove it, or put back the one that `peft-pst merge` wrote."
             )
-        layers.append(
-            LayerSparsity(
-                promised.name,
-                promised.shape,
-                layer.zeros,
-                promised=promised.promised,
-                target_sparsity=promised.target_sparsity,
-                transposed=promised.transposed,
-            )
-        )
+        layers.append(replace(promised, zeros=layer.zeros))
     return tuple(layers), tuple(sorted(found.values(), key=_natural_order))
 
 
@@ -479,65 +393,3 @@ def _row_from_dict(values: Mapping[str, Any]) -> LayerSparsity:
     out, in_ = (int(size) for size in values["shape"])
     names = ("name", "zeros", "promised", "target_sparsity", "transposed")
     return LayerSparsity(shape=(out, in_), **{name: values[name] for name in names})
-
-
-# The table
-
-
-def _percent(fraction: float) -> str:
-    # Never rounded up to a sparsity that is not there.
-    return f"{int(fraction * 10_000 + 1e-6) / 100:.2f} %"
-
-
-def _table_row(name: str, layers: Sequence[LayerSparsity], counted: bool) -> tuple[str, ...]:
-    zeros, weights = sum(layer.zeros for layer in layers), sum(layer.weights for layer in layers)
-    sparsity = zeros / weights if weights else 0.0
-    shapes = {f"{layer.shape[0]:,} × {layer.shape[1]:,}" for layer in layers}
-    shape = shapes.pop() if len(shapes) == 1 else ""
-    count = f"{len(layers)}" if counted else ""
-    return (name, count, shape, f"{zeros:,}", f"{weights:,}", _percent(sparsity), bar(sparsity)) + (
-        _target(layers),
-        _mark(layers),
-    )
-
-
-def _target(layers: Sequence[LayerSparsity]) -> str:
-    targets = sorted({layer.target_sparsity for layer in layers if layer.target_sparsity is not None})
-    if not targets:
-        return ""
-    low, high = f"{100 * targets[0]:g}", f"{100 * targets[-1]:g}"
-    return f"{high} %" if low == high else f"{low}–{high} %"
-
-
-def _mark(layers: Sequence[LayerSparsity]) -> str:
-    lost = sum(layer.lost_zeros for layer in layers)
-    missing = sum(layer.misses_target for layer in layers)
-    if lost:
-        return f"✗ {lost:,} zeros lost"
-    if missing:
-        return "✗ below target" if missing == len(layers) else f"✗ {missing} of {len(layers)} below target"
-    return "" if any(layer.target_sparsity is None for layer in layers) else "✓"
-
-
-def _remarks(report: SparsityReport) -> Iterator[str]:
-    for layer in report.lost_zeros[:5]:
-        yield (
-            f"! {layer.name} holds {layer.zeros:,} zeros, {layer.lost_zeros:,} fewer than the adapter put there: "
-            "it was changed after pruning."
-        )
-    if len(report.lost_zeros) > 5:
-        yield f"! {len(report.lost_zeros) - 5} more layers lost zeros; --all shows them."
-    if report.others:
-        zeros, weights = (sum(getattr(layer, what) for layer in report.others) for what in ("zeros", "weights"))
-        yield f"Other matrices   {len(report.others)} (embeddings, heads), {weights:,} weights, {zeros:,} of them zero"
-    if report.total_parameters:
-        zeros = report.zeros + sum(layer.zeros for layer in report.others)
-        share = _percent(zeros / report.total_parameters)
-        yield f"Whole model      {report.total_parameters:,} parameters, {share} of them zero in the matrices counted"
-    if report.trainable_parameters is not None and report.total_parameters:
-        share = f"{100 * report.trainable_parameters / report.total_parameters:.2f} %"
-        yield f"Trained          {report.trainable_parameters:,} parameters, {share} of the model's number"
-    for label, (name, size) in zip(["On disk", *[""] * len(report.files)], report.files.items(), strict=False):
-        yield f"{label:<16} {name}, {file_size(size)}"
-    if not report.target_sparsity and any(layer.target_sparsity is None for layer in report.layers):
-        yield "No target known  the checkpoint has no pst_report.json, so nothing can be compared"

@@ -1,14 +1,133 @@
-"""Text tables for the terminal: aligned columns between rules."""
+"""A sparsity report as text for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .report import LayerSparsity, SparsityReport
+
+SHOW_ALL_UP_TO = 16
+
+
+def sparsity_table(report: SparsityReport, show_all: bool | None = None) -> str:
+    """See `SparsityReport.to_table`."""
+    if show_all is None:
+        show_all = len(report.layers) <= SHOW_ALL_UP_TO
+    if show_all:
+        first, groups = "layer", [(layer.name, [layer]) for layer in report.layers]
+    else:
+        first, groups = "kind", by_kind(report.layers)
+    lines = draw_table(
+        header=(first, "layers", "out x in", "zeros", "weights", "sparsity", "", "target", ""),
+        rows=[_row(name, layers) for name, layers in groups],
+        footer=_row("total", report.layers),
+        left=(0, 6, 8),
+    )
+    return "\n".join([f"Sparsity of {report.source}", "", *lines, "", *_remarks(report)])
+
+
+def by_kind(layers: Sequence[LayerSparsity]) -> list[tuple[str, list[LayerSparsity]]]:
+    """Group layers that differ in their block numbers only.
+
+    Returns:
+        (kind, layers) in order of appearance; numbers become "*", and the part that all kinds start with is left out.
+
+    Example:
+        >>> from peft_pst.report import LayerSparsity
+        >>> layers = [LayerSparsity(f"h.{i}.{name}", (2, 2), 0) for i in range(2) for name in ("up", "down")]
+        >>> [(kind, len(rows)) for kind, rows in by_kind(layers)]
+        [('up', 2), ('down', 2)]
+    """
+    groups: dict[str, list[LayerSparsity]] = {}
+    for layer in layers:
+        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.name), []).append(layer)
+    paths = [kind.split(".") for kind in groups]
+    levels = zip(*(path[:-1] for path in paths), strict=False)
+    shared = len(list(takewhile(lambda level: len(set(level)) == 1, levels)))
+    return [(".".join(path[shared:]), rows) for path, rows in zip(paths, groups.values(), strict=True)]
+
+
+def _row(name: str, layers: Sequence[LayerSparsity]) -> tuple[str, ...]:
+    zeros, weights = _sum(layers)
+    sparsity = zeros / weights if weights else 0.0
+    shapes = {f"{layer.shape[0]:,} x {layer.shape[1]:,}" for layer in layers}
+    return (
+        name,
+        f"{len(layers):,}",
+        shapes.pop() if len(shapes) == 1 else "",
+        f"{zeros:,}",
+        f"{weights:,}",
+        f"{100 * sparsity:.2f} %",
+        bar(sparsity),
+        _target(layers),
+        _mark(layers),
+    )
+
+
+def _sum(layers: Sequence[LayerSparsity]) -> tuple[int, int]:
+    """Zeros and weights."""
+    return sum(layer.zeros for layer in layers), sum(layer.weights for layer in layers)
+
+
+def _target(layers: Sequence[LayerSparsity]) -> str:
+    targets = sorted({100 * layer.target_sparsity for layer in layers if layer.target_sparsity is not None})
+    if not targets:
+        return ""
+    low, high = f"{targets[0]:g}", f"{targets[-1]:g}"
+    return f"{high} %" if low == high else f"{low}-{high} %"
+
+
+def _mark(layers: Sequence[LayerSparsity]) -> str:
+    lost = sum(layer.lost_zeros for layer in layers)
+    missing = sum(layer.misses_target for layer in layers)
+    if lost:
+        return f"✗ {lost:,} zeros lost"
+    if missing:
+        return "✗ below target" if missing == len(layers) else f"✗ {missing} of {len(layers)} below target"
+    return "" if any(layer.target_sparsity is None for layer in layers) else "✓"
+
+
+def _remarks(report: SparsityReport) -> Iterator[str]:
+    for layer in report.lost_zeros[:5]:
+        yield (
+            f"✗ {layer.name} holds {layer.zeros:,} zeros, {layer.lost_zeros:,} fewer than were put there: it was "
+            "changed after pruning."
+        )
+    if len(report.lost_zeros) > 5:
+        yield f"✗ {len(report.lost_zeros) - 5} further layers lost zeros."
+    for label, text in (*_model_remarks(report), *_file_remarks(report)):
+        yield f"{label:<15} {text}"
+
+
+def _model_remarks(report: SparsityReport) -> Iterator[tuple[str, str]]:
+    total, trained = report.total_parameters, report.trainable_parameters
+    if report.others:
+        zeros, weights = _sum(report.others)
+        yield "Other matrices", f"{len(report.others):,}, with {zeros:,} zeros in {weights:,} weights"
+    if total:
+        zeros = report.zeros + _sum(report.others)[0]
+        yield "Whole model", f"{total:,} parameters, {100 * zeros / total:.2f} % of them zeros of these matrices"
+    if total and trained is not None:
+        yield "Trained", f"{trained:,} parameters, which is {100 * trained / total:.2f} % of the model's number"
+
+
+def _file_remarks(report: SparsityReport) -> Iterator[tuple[str, str]]:
+    sizes = report.files
+    if sizes:
+        one = f" in {next(iter(sizes))}" if len(sizes) == 1 else f" in {len(sizes)} files"
+        yield "On disk", f"{file_size(sum(sizes.values()))}{one}"
+    if report.target_sparsity is None:
+        yield "Target", "not known; a pst_report.json beside the weights, as `peft-pst merge` writes it, would tell"
 
 
 def draw_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], footer: Sequence[str], left: Collection[int] = (0,)
 ) -> list[str]:
-    """Lines of a table: header, rule, rows, rule, footer; columns that are empty throughout are left out.
+    """Lines of a table: header, rule, rows, rule, footer; columns whose cells are all empty are left out.
 
     Args:
         header: one title per column.
@@ -25,32 +144,32 @@ def draw_table(
         ────────────
         total     32
     """
-    table = [header, *rows, footer]
-    columns = [index for index in range(len(header)) if any(row[index] for row in table)]
-    widths = {index: max(len(row[index]) for row in table) for index in columns}
+    body = [*rows, footer]
+    columns = [index for index in range(len(header)) if any(row[index] for row in body)]
+    widths = {index: max(len(row[index]) for row in (header, *body)) for index in columns}
     lines = [
         "  ".join(
             row[index].ljust(widths[index]) if index in left else row[index].rjust(widths[index]) for index in columns
         ).rstrip()
-        for row in table
+        for row in (header, *body)
     ]
     rule = "─" * max(map(len, lines))
     return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
 
 
 def bar(fraction: float, width: int = 20) -> str:
-    """A horizontal bar, in steps of half a character; only 1 fills it.
+    """A horizontal bar, to the nearest half of a character; only 1 fills it.
 
     Example:
         >>> bar(0.75, width=4), bar(0.99, width=4)
         ('━━━─', '━━━╸')
     """
-    halves = int(fraction * 2 * width)
+    halves = min(round(fraction * 2 * width), 2 * width - (fraction < 1))
     return ("━" * (halves // 2) + "╸" * (halves % 2)).ljust(width, "─")
 
 
 def file_size(size: int) -> str:
-    """Bytes in decimal units, as disks are sold.
+    """Bytes in decimal units.
 
     Example:
         >>> file_size(999), file_size(11_345_678)
