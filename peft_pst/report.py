@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -313,12 +313,13 @@ def _adapters_to_report(layer: PSTLayer, adapter_name: str | None) -> list[str]:
 
 def _count_layer(layer: PSTLayer, names: list[str]) -> LayerSparsity:
     base = layer.get_base_layer()
+    weight: Any = base.weight
     # A merged layer is counted as it stands, whatever was done to it since.
     is_merged = sorted(layer.merged_adapters) == sorted(names)
     return LayerSparsity(
         name=layer.module_name,
         shape=(layer.out_features, layer.in_features),
-        zeros=count_zeros(cast(Tensor, base.weight) if is_merged else layer.get_masked_weight(names)),
+        zeros=count_zeros(weight if is_merged else layer.get_masked_weight(names)),
         promised=max(layer.get_num_pruned(name) for name in names),
         target_sparsity=max(layer.pst_plans[name].target_sparsity for name in names),
         transposed=isinstance(base, Conv1D),

@@ -32,7 +32,16 @@ AUTO_CLASSES = {
 }
 
 # What transformers, safetensors and the JSON reader raise for files that are missing, damaged or of another kind.
-_LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
+_LOADING_ERRORS = (
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 
 Shapes = dict[str, tuple[int, ...]]
 
