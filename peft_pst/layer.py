@@ -385,7 +385,7 @@ class PSTLinear(nn.Module, PSTLayer):
 
 @contextmanager
 def _outside_any_graph(device: torch.device) -> Iterator[None]:
-    """No gradient, full precision also within autocast, and tensors fit for a later graph also within inference mode."""
+    """No gradient; full precision also within autocast; tensors fit for a later graph also within inference mode."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 

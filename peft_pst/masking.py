@@ -160,9 +160,8 @@ def pack_mask(mask: Tensor) -> Tensor:
         >>> pack_mask(torch.ones(20, dtype=torch.bool)).shape
         torch.Size([3])
     """
-    flat = mask.reshape(-1)
-    if flat.numel() % 8 or flat.storage_offset() % 8:  # padding copies
-        flat = F.pad(flat, (0, -flat.numel() % 8))
+    # Padding copies, also by nothing, and so aligns what is read eight bytes at a time.
+    flat = F.pad(mask.reshape(-1), (0, -mask.numel() % 8))
     words = flat.view(torch.uint8).view(torch.int64)
     return ((words * _GATHER) >> 56).to(torch.uint8)
 
