@@ -74,7 +74,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """
     assert actual.shape == expected.shape
     difference, size = (actual.double() - expected.double()).norm(), expected.double().norm()
-    return 0.0 if difference == 0 else float(difference / size)
+    return 0.0 if difference == 0 else (difference / size).item()
 
 
 def run(layer: PSTLinear, x: Tensor, gy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
