@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import PSTConfig
+from .graph import register_layer, traced_packed_mask
 from .masked_linear import Pruner, effective_weight, masked_linear
 from .masking import num_pruned, pack_mask, select_mask, unpack_mask
 from .scoring import Factors, importance_scores, updated_weight
@@ -92,6 +93,7 @@ class PSTLayer(BaseTunerLayer):
         self._masks: dict[str, tuple[object, Tensor]] = {}  # per adapter: what it was selected from, packed mask
         self._masked_weight: tuple[object, Tensor] | None = None  # for evaluation: what it was made from, weight
         self._warned_about_hooks = False
+        self._handle = register_layer(self)
 
     @property
     def _base(self) -> Any:
@@ -205,12 +207,9 @@ class PSTLayer(BaseTunerLayer):
     def get_factors(self, adapter_name: str) -> Factors:
         """The trainable tensors of one adapter with their scales, for the pure functions."""
         config = self.pst_plans[adapter_name].config
-        tensors = {
-            name.removeprefix("pst_"): parameters[adapter_name]
-            for name in self.adapter_layer_names
-            if adapter_name in (parameters := getattr(self, name))
-        }
-        return Factors(**tensors, beta=config.beta, alpha1=config.alpha1, alpha2=config.alpha2)
+        scales: list[Any] = [config.beta, config.alpha1, config.alpha2]
+        tensors = [getattr(self, name).get(adapter_name) for name in self.adapter_layer_names]
+        return Factors(*tensors, *scales)
 
     def get_scores(self, adapter_name: str) -> Tensor:
         """Importance of each weight, (out, in), from the dense base weight, also while merged."""
@@ -220,7 +219,7 @@ class PSTLayer(BaseTunerLayer):
 
     def get_mask(self, adapter_name: str) -> Tensor:
         """The mask now in force for one adapter, boolean (out, in), True = keep."""
-        return unpack_mask(self._packed_mask(adapter_name), (self.out_features, self.in_features))
+        return unpack_mask(self.get_packed_mask(adapter_name), (self.out_features, self.in_features))
 
     def get_masked_weight(self, adapter_names: Sequence[str] | None = None) -> Tensor:
         """The weight that these adapters (by default the active ones) put in force, (out, in), in the base's dtype."""
@@ -239,13 +238,16 @@ class PSTLayer(BaseTunerLayer):
     def _present(self, adapter_names: Sequence[str]) -> list[str]:
         return [name for name in adapter_names if name in self.pst_plans]
 
-    def _packed_mask(self, adapter_name: str) -> Tensor:
+    def get_packed_mask(self, adapter_name: str) -> Tensor:
         """Select once and reuse: for all micro-batches of a step, checkpoint re-forwards and evaluations."""
-        origin = self._fingerprint([adapter_name])
+        if torch.compiler.is_compiling():
+            origin = [tensor.detach() for tensor in self._origin(adapter_name)]
+            return traced_packed_mask(origin, self._handle, adapter_name)
+        fingerprint = tuple(_identity(tensor) for tensor in self._origin(adapter_name))
         cached = self._masks.get(adapter_name)
-        if cached is None or cached[0] != origin:
+        if cached is None or cached[0] != fingerprint:
             with _outside_any_graph(self._base.weight.device):
-                cached = (origin, pack_mask(self._select(adapter_name)))
+                cached = (fingerprint, pack_mask(self._select(adapter_name)))
             self._masks[adapter_name] = cached
         return cached[1]
 
@@ -256,16 +258,13 @@ class PSTLayer(BaseTunerLayer):
             raise ValueError(f"Layer {self.module_name}, adapter {adapter_name!r}: {error}") from error
 
     def _pruners(self, adapter_names: Sequence[str]) -> list[Pruner]:
-        return [Pruner(self.get_factors(name), self._packed_mask(name)) for name in adapter_names]
+        return [Pruner(self.get_factors(name), self.get_packed_mask(name)) for name in adapter_names]
 
-    def _fingerprint(self, adapter_names: Sequence[str]) -> object:
-        """Changes whenever a tensor that the masked weight depends on is replaced or written in place."""
-        base = self._dense_weight if self._dense_weight is not None else self._base.weight
-        tensors = [base]
-        for name in adapter_names:
-            tensors += [t for t in self.get_factors(name).tensors if t is not None]
-            tensors.append(self.pst_num_pruned[name])
-        return tuple(adapter_names), tuple(_identity(tensor) for tensor in tensors)
+    def _origin(self, adapter_name: str) -> list[Tensor]:
+        """The tensors that an adapter's masked weight depends on, the base weight first."""
+        base = self._base.weight if self._dense_weight is None else self._dense_weight
+        factors = [tensor for tensor in self.get_factors(adapter_name).tensors if tensor is not None]
+        return [base, *factors, self.pst_num_pruned[adapter_name]]
 
     # Merging
 
@@ -333,6 +332,11 @@ class PSTLinear(nn.Module, PSTLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, status)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Called on a copied or unpickled layer, whose handle would still mean the original.
+        super().__setstate__(state)
+        self._handle = register_layer(self)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -351,14 +355,16 @@ class PSTLinear(nn.Module, PSTLayer):
         return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
     def _inference_weight(self, adapter_names: list[str]) -> Tensor:
+        if torch.compiler.is_compiling():
+            return effective_weight(self._dense(), self._pruners(adapter_names))
         if self.training:
             # A forward without gradient in mid-training (the first pass of a checkpointed block, a reference model):
             # keeping a dense copy for the next one would cost the memory of the whole model.
             return self.get_masked_weight(adapter_names)
-        origin = self._fingerprint(adapter_names)
-        if self._masked_weight is None or self._masked_weight[0] != origin:
+        fingerprint = tuple((name, _identity(t)) for name in adapter_names for t in self._origin(name))
+        if self._masked_weight is None or self._masked_weight[0] != fingerprint:
             self._warn_if_never_pruned(adapter_names, "Evaluating")
-            self._masked_weight = (origin, self.get_masked_weight(adapter_names))
+            self._masked_weight = (fingerprint, self.get_masked_weight(adapter_names))
         return self._masked_weight[1]
 
     def train(self, mode: bool = True) -> PSTLinear:

@@ -196,8 +196,10 @@ _PRODUCT_NUMEL = 1 << 24  # bounds a block of G at 64 MiB in float32
 
 
 def _reduction_numel(weight: Tensor) -> int:
-    # Half a megabyte in float32, a few of which fit a core's cache; elsewhere launches cost more than passes.
-    return 1 << 17 if weight.device.type == "cpu" else _PRODUCT_NUMEL
+    # Half a megabyte in float32, a few of which fit a core's cache. Elsewhere launches cost more than passes, and a
+    # compiler fuses the passes itself.
+    eager_cpu = weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    return 1 << 17 if eager_cpu else _PRODUCT_NUMEL
 
 
 def _row_blocks(start: int, stop: int, width: int, numel: int) -> Iterator[slice]:
