@@ -297,7 +297,8 @@ def _draw_kept(kept: Tensor) -> Figure:
     figure = _new_figure(0.75 + marginal + 0.1 + height + bottom)
     image = _place(figure, left, bottom, width, height)
     ramp = LinearSegmentedColormap.from_list("kept", ["#FFFFFF", "#9CC7E4", BLUE, "#00304D"])
-    highest = max(float(shares.max()), 1e-12)
+    # A few tiles may be darker than the scale, so that they do not make all others pale.
+    highest = max(float(shares.flatten().quantile(0.998)), 1e-12) if max(tile) > 1 else 1.0
     drawn = image.imshow(shares.numpy(), cmap=ramp, vmin=0, vmax=highest, aspect="auto", extent=(0, columns, rows, 0))
     image.spines[:].set(visible=True)
     image.set_xlabel("input feature", fontsize=9)
@@ -306,10 +307,17 @@ def _draw_kept(kept: Tensor) -> Figure:
         axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     above = _place(figure, left, bottom + height + 0.1, width, marginal)
     beside = _place(figure, left + width + 0.1, bottom, marginal, height)
-    _draw_marginal(above, _tile_means(kept.mean(0, keepdim=True), (1, tile[1]))[0], columns, upright=True)
-    _draw_marginal(beside, _tile_means(kept.mean(1, keepdim=True), (tile[0], 1))[:, 0], rows, upright=False)
+    _draw_marginal(above, _tile_means(kept.mean(0, keepdim=True), (1, tile[1]))[0], kept, upright=True)
+    _draw_marginal(beside, _tile_means(kept.mean(1, keepdim=True), (tile[0], 1))[:, 0], kept, upright=False)
     if max(tile) > 1:
-        scale = figure.colorbar(drawn, cax=_place(figure, left, 0.32, 1.5, 0.09), orientation="horizontal")
+        extend = "max" if highest < float(shares.max()) else "neither"
+        scale = figure.colorbar(
+            drawn,
+            cax=_place(figure, left, 0.32, 1.5, 0.09),
+            orientation="horizontal",
+            ticks=[0, highest / 2, highest],
+            extend=extend,
+        )
         scale.outline.set(visible=False)
         scale.ax.tick_params(length=0)
         scale.ax.xaxis.set_major_formatter(StrMethodFormatter("{x:.0%}"))
@@ -323,15 +331,16 @@ def _tile_means(kept: Tensor, tile: tuple[int, int]) -> Tensor:
     return F.avg_pool2d(kept[None], tile, ceil_mode=True, count_include_pad=False)[0]
 
 
-def _draw_marginal(axes: Axes, share: Tensor, features: int, *, upright: bool) -> None:
+def _draw_marginal(axes: Axes, share: Tensor, kept: Tensor, *, upright: bool) -> None:
     """The kept share along one side, in percent, with its mean as a line."""
     from matplotlib.ticker import MaxNLocator
 
+    features = kept.shape[1 if upright else 0]
     values = (100 * share).tolist()
     step = -(-features // len(values))
     edges = [min(index * step, features) for index in range(len(values) + 1)]
     axes.stairs(values, edges, fill=True, color=BLUE, orientation="vertical" if upright else "horizontal")
-    mean, highest = sum(values) / len(values), max(max(values), 1e-9)
+    mean, highest = 100 * float(kept.mean()), max(max(values), 1e-9)
     locator = MaxNLocator(nbins=2, prune="lower")
     if upright:
         axes.axhline(mean, color=VERMILLION, linewidth=1.2)

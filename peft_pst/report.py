@@ -262,13 +262,13 @@ def report_checkpoint(path: str | Path, *, progressbar: bool = False) -> Sparsit
         ValueError: if a file is damaged, or the promises belong to another checkpoint.
     """
     files = checkpoint_files(path)
+    promise_file = files[0].parent / REPORT_NAME
+    promise = SparsityReport.load(promise_file) if promise_file.is_file() else None
     matrices, total = [], 0
     for stored in _progress([*floating_tensors(files)], progressbar, "counting", "tensor"):
         total += math.prod(stored.shape)
         if len(stored.shape) == 2:
             matrices.append(LayerSparsity(_layer_name(stored.key), stored.shape, count_zeros(stored.read())))
-    promise_file = files[0].parent / REPORT_NAME
-    promise = SparsityReport.load(promise_file) if promise_file.is_file() else None
     layers, others = _split(matrices) if promise is None else _compare(matrices, promise, promise_file)
     return SparsityReport(
         source=str(path),

@@ -21,10 +21,21 @@ def sparsity_table(report: SparsityReport, show_all: bool | None = None) -> str:
         first, groups = "layer", [(layer.name, [layer]) for layer in report.layers]
     else:
         first, groups = "kind", by_kind(report.layers)
+    is_oriented = any(layer.promised is not None for layer in report.layers)
     lines = draw_table(
-        header=(first, "layers", "out x in", "zeros", "weights", "sparsity", "", "target", ""),
-        rows=[_row(name, layers) for name, layers in groups],
-        footer=_row("total", report.layers),
+        header=(
+            first,
+            "layers",
+            "out x in" if is_oriented else "shape",
+            "zeros",
+            "weights",
+            "sparsity",
+            "",
+            "target",
+            "",
+        ),
+        rows=[_row(name, layers, counted=not show_all) for name, layers in groups],
+        footer=_row("total", report.layers, counted=not show_all),
         left=(0, 6, 8),
     )
     return "\n".join([f"Sparsity of {report.source}", "", *lines, "", *_remarks(report)])
@@ -51,14 +62,14 @@ def by_kind(layers: Sequence[LayerSparsity]) -> list[tuple[str, list[LayerSparsi
     return [(".".join(path[shared:]), rows) for path, rows in zip(paths, groups.values(), strict=True)]
 
 
-def _row(name: str, layers: Sequence[LayerSparsity]) -> tuple[str, ...]:
+def _row(name: str, layers: Sequence[LayerSparsity], *, counted: bool) -> tuple[str, ...]:
     zeros, weights = _sum(layers)
     sparsity = zeros / weights if weights else 0.0
     shapes = {f"{layer.shape[0]:,} x {layer.shape[1]:,}" for layer in layers}
     return (
         name,
-        f"{len(layers):,}",
-        shapes.pop() if len(shapes) == 1 else "",
+        f"{len(layers):,}" if counted else "",
+        shapes.pop() if len(shapes) == 1 and name != "total" else "",
         f"{zeros:,}",
         f"{weights:,}",
         f"{100 * sparsity:.2f} %",
@@ -120,6 +131,8 @@ def _file_remarks(report: SparsityReport) -> Iterator[tuple[str, str]]:
     if sizes:
         one = f" in {next(iter(sizes))}" if len(sizes) == 1 else f" in {len(sizes)} files"
         yield "On disk", f"{file_size(sum(sizes.values()))}{one}"
+    if report.zeros:
+        yield "Note", "in a dense matrix a zero takes the room and the time of any other number"
     if report.target_sparsity is None:
         yield "Target", "not known; a pst_report.json beside the weights, as `peft-pst merge` writes it, would tell"
 

@@ -77,7 +77,7 @@ def load_adapted_model(
         _adopt_num_labels(model_class, base_config, saved)
     _check_fit(_skeleton(model_class, base_config), adapter, saved, base_name)
     base = _load_base(model_class, base_config, base_name, dtype, config.revision, saved)
-    with _said_in_one_line(f"adapter {str(adapter)!r} could not be loaded on {base_name!r}"):
+    with _said_in_one_line(f"adapter {str(adapter)!r} could not be loaded on {base_name!r}"), _quiet_transformers():
         return PeftModel.from_pretrained(base, str(adapter), torch_device="cpu").eval()
 
 
@@ -189,7 +189,8 @@ def _adopt_num_labels(model_class: type[PreTrainedModel], config: PretrainedConf
 
 def _check_fit(skeleton: PreTrainedModel, adapter: Path, saved: Shapes, base_name: str) -> None:
     """Compare every tensor of the adapter with the one that its configuration makes on this base."""
-    with _said_in_one_line(f"adapter {str(adapter)!r} does not fit {base_name!r}"), torch.device("meta"):
+    said = _said_in_one_line(f"adapter {str(adapter)!r} does not fit base model {base_name!r}")
+    with said, _quiet_transformers(), torch.device("meta"):
         config = read_adapter_config(adapter)
         config.base_model_name_or_path = skeleton.name_or_path
         adapted = get_peft_model(skeleton, config)
@@ -250,11 +251,13 @@ def _load_base(
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers from calling a head untrained that the adapter is about to bring."""
+    """Keep transformers from calling a head untrained that the adapter brings, and an interface old that PEFT uses."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         transformers.logging.set_verbosity(before)
 
