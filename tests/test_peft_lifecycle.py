@@ -224,10 +224,12 @@ models = {
 assert pickle.loads((folder / "config.pickle").read_bytes()) == PeftConfig.from_pretrained(folder / "adapter")
 with torch.no_grad():
     save_file({name: model.eval()(input_ids=tokens).logits for name, model in models.items()}, folder / "logits")
+print(models["loaded"].get_sparsity())
 for name in ("config", "layer", "model", "_registration"):
     importlib.reload(importlib.import_module(f"peft_pst.{name}"))
 importlib.reload(peft_pst)
-print(models["loaded"].get_sparsity())
+again = AutoPeftModelForSequenceClassification.from_pretrained(folder / "adapter")
+assert type(again.base_model) is peft_pst.PSTModel
 """
 
 

@@ -1,0 +1,283 @@
+"""Default targets on real architectures from tiny configurations, and a life of one step for five of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from peft_pst import PSTConfig, PSTLayer, update_sparsity
+from peft_pst.masking import num_pruned
+from peft_pst.targets import find_block_linears
+
+ENCODER = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 20,
+}
+DECODER = ENCODER | {"num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GATED = {**DECODER, "head_dim": 8}
+T5 = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
+BART = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 20,
+}
+VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "bert": lambda: BertForSequenceClassification(BertConfig(**ENCODER)),
+    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**ENCODER)),
+    "distilbert": lambda: DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=40, dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=20)
+    ),
+    "deberta-v2": lambda: DebertaV2ForSequenceClassification(
+        DebertaV2Config(**ENCODER, relative_attention=True, position_buckets=4, pos_att_type=["p2c", "c2p"])
+    ),
+    "mpnet": lambda: MPNetForSequenceClassification(MPNetConfig(**ENCODER)),
+    "electra": lambda: ElectraForSequenceClassification(ElectraConfig(**ENCODER, embedding_size=8)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=20, n_embd=16, n_layer=2, n_head=2)),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(
+            vocab_size=40,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            ffn_dim=24,
+            max_position_embeddings=20,
+            word_embed_proj_dim=8,  # has linears outside the blocks
+        )
+    ),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**DECODER)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**DECODER)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**DECODER)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GATED)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**GATED)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GATED)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**DECODER)),
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**T5)),
+    "t5-gated": lambda: T5ForConditionalGeneration(T5Config(**T5, feed_forward_proj="gated-gelu")),
+    "bart": lambda: BartForConditionalGeneration(BartConfig(**BART)),
+    "vit": lambda: ViTForImageClassification(ViTConfig(**VIT)),
+}
+
+
+def blocks(stem: str, *layers: str) -> set[str]:
+    return {f"{stem}.{index}.{layer}" for index in (0, 1) for layer in layers}
+
+
+BERT_LAYERS = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+LLAMA_LAYERS = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+OPT_LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
+CROSS = ("encoder_attn.q_proj", "encoder_attn.k_proj", "encoder_attn.v_proj", "encoder_attn.out_proj")
+T5_SELF = tuple(f"layer.0.SelfAttention.{letter}" for letter in "qkvo")
+T5_CROSS = tuple(f"layer.1.EncDecAttention.{letter}" for letter in "qkvo")
+
+
+def t5_layers(*inner: str) -> set[str]:
+    encoder = (*T5_SELF, *(f"layer.1.DenseReluDense.{name}" for name in inner))
+    decoder = (*T5_SELF, *T5_CROSS, *(f"layer.2.DenseReluDense.{name}" for name in inner))
+    return blocks("encoder.block", *encoder) | blocks("decoder.block", *decoder)
+
+
+EXPECTED: dict[str, set[str]] = {
+    "bert": blocks("bert.encoder.layer", *BERT_LAYERS),
+    "roberta": blocks("roberta.encoder.layer", *BERT_LAYERS),
+    "distilbert": blocks(
+        "distilbert.transformer.layer",
+        "attention.q_lin",
+        "attention.k_lin",
+        "attention.v_lin",
+        "attention.out_lin",
+        "ffn.lin1",
+        "ffn.lin2",
+    ),
+    "deberta-v2": blocks(
+        "deberta.encoder.layer",
+        "attention.self.query_proj",
+        "attention.self.key_proj",
+        "attention.self.value_proj",
+        "attention.self.pos_key_proj",
+        "attention.self.pos_query_proj",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    ),
+    "mpnet": blocks(
+        "mpnet.encoder.layer",
+        "attention.attn.q",
+        "attention.attn.k",
+        "attention.attn.v",
+        "attention.attn.o",
+        "intermediate.dense",
+        "output.dense",
+    ),
+    "electra": blocks("electra.encoder.layer", *BERT_LAYERS),
+    "gpt2": blocks("transformer.h", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    "opt": blocks("model.decoder.layers", *OPT_LAYERS),
+    "llama": blocks("model.layers", *LLAMA_LAYERS),
+    "mistral": blocks("model.layers", *LLAMA_LAYERS),
+    "qwen2": blocks("model.layers", *LLAMA_LAYERS),
+    "qwen3": blocks("model.layers", *LLAMA_LAYERS),
+    "gemma2": blocks("model.layers", *LLAMA_LAYERS),
+    "gemma3": blocks("model.layers", *LLAMA_LAYERS),
+    "phi3": blocks("model.layers", "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    "t5": t5_layers("wi", "wo"),
+    "t5-gated": t5_layers("wi_0", "wi_1", "wo"),
+    "bart": blocks("model.encoder.layers", *OPT_LAYERS) | blocks("model.decoder.layers", *OPT_LAYERS, *CROSS),
+    "vit": blocks(
+        "vit.layers",
+        "attention.q_proj",
+        "attention.k_proj",
+        "attention.v_proj",
+        "attention.o_proj",
+        "mlp.fc1",
+        "mlp.fc2",
+    ),
+}
+
+
+def make(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return MODELS[name]().eval()
+
+
+def adapted_names(model: torch.nn.Module) -> set[str]:
+    return {
+        name.removeprefix("base_model.model.") for name, module in model.named_modules() if isinstance(module, PSTLayer)
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_default_targets(name: str) -> None:
+    model = get_peft_model(make(name), PSTConfig())
+    assert adapted_names(model) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_second_adapter_finds_the_same_targets(name: str) -> None:
+    model = get_peft_model(make(name), PSTConfig())
+    before = find_block_linears(make(name))
+    assert find_block_linears(model.base_model.model) == before
+
+
+def batch(name: str) -> dict[str, Tensor]:
+    if name == "vit":
+        return {
+            "pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
+            "labels": torch.tensor([0, 1]),
+        }
+    tokens = torch.tensor([[3, 7, 11, 30], [5, 2, 39, 1]])
+    return {"input_ids": tokens, "labels": torch.tensor([0, 1]) if name == "bert" else tokens}
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, name: str) -> Tensor:
+    return model.eval()(**batch(name)).logits
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit"])
+def test_train_save_load_merge_and_reload(name: str, tmp_path: Path) -> None:
+    task = "SEQ_CLS" if name in ("bert", "vit") else None
+    config = PSTConfig(target_sparsity=0.7, r=2, score_rank=2, task_type=task)
+    model = get_peft_model(make(name), config).train()
+    trainable = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=0.05)
+    for step in (1, 2, 3):
+        optimizer.zero_grad()
+        model(**batch(name)).loss.backward()
+        missing = [key for key, parameter in trainable.items() if parameter.grad is None]
+        assert not missing
+        optimizer.step()
+        update_sparsity(model, step, total_steps=3)
+    still = [key for key, parameter in trainable.items() if not parameter.grad.any()]
+    assert not still  # in the third step, every factor has something to learn from
+    expected = logits(model, name)
+    assert not torch.equal(expected, logits(make(name), name))
+
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(make(name), tmp_path / "adapter")
+    assert torch.equal(logits(loaded, name), expected)
+
+    pruned = loaded.merge_and_unload()
+    pruned.save_pretrained(tmp_path / "pruned")
+    stock = type(make(name)).from_pretrained(tmp_path / "pruned")
+    assert torch.equal(logits(stock, name), expected)
+    for layer in EXPECTED[name]:
+        weight = stock.get_submodule(layer).weight
+        assert int((weight == 0).sum()) == num_pruned(weight.numel(), 0.7)
