@@ -1,0 +1,30 @@
+"""What the commands print: from one process only where several train together, and warnings without source lines."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import PartialState
+
+
+def say(*lines: str) -> None:
+    """Print lines on the main process."""
+    if PartialState().is_main_process:
+        print(*lines, sep="\n", flush=True)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Show a warning as what it says; file and line of the code that raised it mean nothing at the command line."""
+
+    def one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+        return f"warning: {message}\n"
+
+    before, warnings.formatwarning = warnings.formatwarning, one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before

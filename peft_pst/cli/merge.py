@@ -1,0 +1,158 @@
+"""`peft-pst merge`: from an adapter to a pruned checkpoint that stock transformers load."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import CONFIG_NAME
+
+from ..report import REPORT_NAME, SparsityReport, report_checkpoint, report_model
+from .console import plain_warnings, say
+from .errors import UserError
+from .labels import Labels
+from .loading import load_adapted_model, read_adapter_config
+from .replace import replaced_folder
+from .report import print_text
+
+_DESCRIPTION = """\
+Merge a PST adapter into its base model and write a plain checkpoint with exact zeros, tokenizer included. It loads
+with stock from_pretrained(), without this package. The zeros are counted in the written file."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help.")
+
+
+def run(argv: list[str]) -> None:
+    """Merge as the command line says; see `peft-pst merge --help`.
+
+    Raises:
+        UserError: for a mistake in the input; an existing output stays whole.
+    """
+    options = _parser().parse_args(argv)
+    folders = [Path(options.adapter, *([name] if name else [])) for name in options.adapter_name or [None]]
+    output = Path(options.output).resolve()
+    base = options.base_model or read_adapter_config(folders[0]).base_model_name_or_path
+    _check_output(output, options.overwrite, sources=[*folders, *([Path(base)] if base else [])])
+    try:
+        with plain_warnings(), replaced_folder(output) as folder:
+            report = _write_merged(folders, folder, options)
+            report = replace(report, source=options.output)
+            report.save(folder / REPORT_NAME)
+    except OSError as error:
+        raise UserError(f"{options.output} could not be written: {error}") from error
+    print_text(report.to_table())
+    say("", f"The pruned checkpoint is in {options.output}; it loads with from_pretrained() of stock transformers.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="peft-pst merge", description=_DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write the checkpoint to")
+    parser.add_argument(
+        "--base_model", "--base-model", metavar="BASE", help="base model, folder or hub name, if it has moved"
+    )
+    parser.add_argument(
+        "--adapter_name",
+        "--adapter-name",
+        metavar="NAME",
+        action="append",
+        help="merge the adapter in this folder inside ADAPTER; may be given several times to merge several",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="precision to write; auto is the base's own (default)",
+    )
+    parser.add_argument(
+        "--safe_merge", "--safe-merge", action="store_true", help="refuse weights or scores that are not finite"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint that OUTPUT holds")
+    return parser
+
+
+def _check_output(output: Path, overwrite: bool, sources: list[Path]) -> None:
+    """Refuse to replace what is no checkpoint, what was not to be replaced, and what is read."""
+    if output.is_file():
+        raise UserError(f"{output} is a file; pass a folder.")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    for source in sources:
+        if source.exists() and source.resolve().is_relative_to(output):
+            raise UserError(f"{output} cannot be written, because {source} is read from it; pass another folder.")
+    if not overwrite:
+        raise UserError(f"{output} exists already; pass another folder, or --overwrite to replace it.")
+    if not (output / CONFIG_NAME).is_file():
+        raise UserError(f"{output} holds something else than a checkpoint, so it is not replaced; pass another folder.")
+
+
+def _write_merged(adapters: list[Path], output: Path, options: argparse.Namespace) -> SparsityReport:
+    """Merge into `output`, and report what the written file holds."""
+    model = _load(adapters, options.base_model, options.dtype)
+    tokenizer = _load_tokenizer(adapters[0], options.base_model)
+    try:
+        promise = report_model(model)
+        merged: Any = model.merge_and_unload(
+            progressbar=True, safe_merge=options.safe_merge, adapter_names=model.base_model.active_adapters
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(error) from error
+    if options.dtype != "auto":
+        merged = merged.to(getattr(torch, options.dtype))
+    _complete_config(merged, tokenizer, Labels.load(adapters[0]))
+    merged.save_pretrained(output)
+    if tokenizer is None:
+        warnings.warn("Neither the adapter nor the base has a tokenizer, so none was written.", stacklevel=2)
+    else:
+        tokenizer.save_pretrained(output)
+    promise.save(output / REPORT_NAME)
+    report = report_checkpoint(output)
+    if report.lost_zeros:
+        layer = report.lost_zeros[0]
+        raise UserError(
+            f"layer {layer.name} was written with {layer.zeros} zeros, but {layer.promised} were promised; nothing was "
+            "kept. This is a defect of peft_pst, please report it."
+        )
+    return report
+
+
+def _load(adapters: list[Path], base_model: str | None, dtype: str) -> Any:
+    """The base as a `PeftModel` with all the adapters active, the first under the name "default"."""
+    # Masks come from the base as it is stored: a wider precision is taken now, a narrower one after merging.
+    model: Any = load_adapted_model(adapters[0], base_model, dtype="float32" if dtype == "float32" else "auto")
+    for folder in adapters[1:]:
+        read_adapter_config(folder)
+        try:
+            model.load_adapter(str(folder), adapter_name=folder.name, torch_device="cpu")
+        except (ValueError, RuntimeError, OSError) as error:
+            raise UserError(f"adapter {str(folder)!r} does not go with {str(adapters[0])!r}: {error}") from error
+    model.base_model.set_adapter(["default", *(folder.name for folder in adapters[1:])])
+    return model
+
+
+def _load_tokenizer(adapter: Path, base_model: str | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved with the adapter, else the base's, else None."""
+    has_own = (adapter / TOKENIZER_CONFIG_FILE).is_file()
+    source = str(adapter) if has_own else base_model or read_adapter_config(adapter).base_model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        return None
+
+
+def _complete_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, labels: Labels | None) -> None:
+    """What training settled and the base's own configuration does not say: the labels, and what to pad with."""
+    if labels is not None:
+        labels.apply(model.config)
+    text_config = model.config.get_text_config()
+    if tokenizer is not None and getattr(text_config, "pad_token_id", None) is None:
+        text_config.pad_token_id = tokenizer.pad_token_id

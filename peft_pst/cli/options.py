@@ -1,0 +1,278 @@
+"""The options of `peft-pst train`: what data, what model, how to prune; the rest are `TrainingArguments`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from peft.config import PeftConfig
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+
+from ..config import PSTConfig
+from .errors import UserError
+from .glue import GLUE_TASKS
+
+Task = Literal["seq_cls", "causal_lm"]
+Problem = Literal["single_label_classification", "regression"]
+
+
+@dataclass
+class ModelOptions:
+    """Which model to start from."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str = field(metadata={"help": "Name on the hub, or folder, of the pretrained model."})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Name or folder of the tokenizer, where it is not the model's own."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a model on the hub."})
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Precision of the frozen weights; auto keeps the one they are stored in."}
+    )
+
+
+@dataclass
+class DataOptions:
+    """What to learn: a GLUE task, local files, or a data set on the hub."""
+
+    _argument_group_name = "data"
+
+    task: Task = field(
+        default="seq_cls",
+        metadata={"help": "Classification and regression of texts (seq_cls), or language modelling (causal_lm)."},
+    )
+    task_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A GLUE task, from the hub, or from --train_file ... in GLUE's own file forms: "
+            + ", ".join(GLUE_TASKS)
+            + "."
+        },
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Name of a data set on the hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "CSV, TSV (read without quoting) or JSONL file; .txt too for causal_lm."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
+    test_file: str | None = field(
+        default=None, metadata={"help": "The same for prediction; labels are used when there are any."}
+    )
+    text_column: str | None = field(default=None, metadata={"help": "Column with the text; guessed when left open."})
+    text_pair_column: str | None = field(
+        default=None, metadata={"help": "Column with the second text of a pair; guessed with --text_column left open."}
+    )
+    label_column: str | None = field(default=None, metadata={"help": "Column with the label; guessed when left open."})
+    problem: Problem | None = field(
+        default=None,
+        metadata={"help": "By default regression when all labels are numbers and not all of them are whole."},
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens a text is cut to (128 by default), or tokens a block for causal_lm (1024)."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many examples or blocks only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many only."})
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is below 1; leave it out for no limit.")
+
+
+@dataclass
+class RunOptions:
+    """How this command runs, beyond the Trainer's own options."""
+
+    _argument_group_name = "pruning run"
+
+    preset: Literal["paper"] | None = field(
+        default=None, metadata={"help": "Start from the paper's whole setting; the options below change it."}
+    )
+    score_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the scores A, B, R, C; --learning_rate when left open."}
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of head and biases; --learning_rate when left open."}
+    )
+    best_at_target: bool = field(
+        default=False,
+        metadata={"help": "With --load_best_model_at_end, choose among checkpoints at the target sparsity only."},
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Write into an --output_dir that is not empty."})
+
+    def __post_init__(self) -> None:
+        for name in ("score_learning_rate", "head_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} is negative; pass a learning rate of at least 0.")
+
+
+@dataclass
+class TrainerOptions(TrainingArguments):
+    """`TrainingArguments` under a heading of their own in --help."""
+
+    _argument_group_name = "Trainer (transformers.TrainingArguments)"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything that the user asked for."""
+
+    model: ModelOptions
+    data: DataOptions
+    run: RunOptions
+    training: TrainingArguments
+    pst: PSTConfig
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the adapter goes; the Trainer has a default for it."""
+        return Path(str(self.training.output_dir))
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Each option under one spelling (dashes work too), and no default where that is nothing."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if len(action.option_strings) < 2 or "-h" in action.option_strings:
+            return super()._format_action_invocation(action)
+        values = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{action.option_strings[0]} {values}".rstrip()
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(HfArgumentParser):
+    """An `HfArgumentParser` whose complaints are one line instead of the usage of two hundred options."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        raise UserError(f"{message}; did you mean {close[0]}?" if close else message)
+
+
+def parse(argv: Sequence[str]) -> TrainOptions:
+    """Read the command line of `train`.
+
+    Raises:
+        UserError: for an unknown option, or a value that an option does not take.
+    """
+    ours: list[Any] = [ModelOptions, DataOptions, RunOptions]
+    parser: Any = Parser(
+        ours,
+        prog="peft-pst train",
+        usage="peft-pst train --model_name_or_path MODEL --task_name sst2 --output_dir FOLDER [options]",
+        description="Fine-tune and prune a model; write the adapter, its metrics and its report to --output_dir.",
+        allow_abbrev=False,
+        formatter_class=_Help,
+    )
+    destinations = add_pst_options(parser)
+    # After the options that are ours, so that --help ends with the long list and does not begin with it.
+    parser.dataclass_types.append(TrainerOptions)
+    parser._add_dataclass_arguments(TrainerOptions)
+    try:
+        parsed = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    except (ValueError, ImportError) as error:  # what the Trainer's options refuse
+        raise UserError(error) from error
+    model, data, run, training, *rest = parsed
+    given = {destinations[name]: value for namespace in rest for name, value in vars(namespace).items()}
+    return TrainOptions(model, data, run, training, _pst_config(run.preset, given))
+
+
+def pst_fields() -> list[dataclasses.Field]:
+    """The fields of `PSTConfig` that are its own, without those that PEFT manages."""
+    managed = {field.name for field in dataclasses.fields(PeftConfig)}
+    return [field for field in dataclasses.fields(PSTConfig) if field.name not in managed]
+
+
+def add_pst_options(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Add one option for each field of `PSTConfig`; returns {name in the parsed namespace: field}.
+
+    Options that the user leaves out are absent from the namespace, so that a preset or a default can fill them in. A
+    field that `TrainingArguments` has too gets the prefix `pst_`.
+    """
+    taken = {field.name for field in dataclasses.fields(TrainingArguments)}
+    types = typing.get_type_hints(PSTConfig)
+    group = parser.add_argument_group("PST (the fields of PSTConfig)")
+    destinations = {}
+    for field_ in pst_fields():
+        name = f"pst_{field_.name}" if field_.name in taken else field_.name
+        group.add_argument(
+            *dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")),
+            help=_help(field_),
+            default=argparse.SUPPRESS,
+            **_reader(types[field_.name]),
+        )
+        destinations[name] = field_.name
+    return destinations
+
+
+def _help(field_: dataclasses.Field) -> str:
+    is_left_open = field_.default is dataclasses.MISSING or field_.default is None
+    text = field_.metadata["help"] + ("" if is_left_open else f" (default: {field_.default})")
+    return text.replace("%", "%%")  # argparse formats it
+
+
+def _reader(type_: Any) -> dict[str, Any]:
+    """What argparse must know to read a value of a field's type."""
+    options = set(typing.get_args(type_)) or {type_}
+    if typing.get_origin(type_) is Literal:
+        return {"choices": typing.get_args(type_)}
+    if typing.get_origin(type_) is dict:
+        return {"type": _json_object, "metavar": "JSON"}
+    if list[int] in options:
+        return {"type": int, "nargs": "+", "metavar": "N"}
+    if list[str] in options:
+        return {"type": str, "nargs": "+", "metavar": "NAME"} | ({"action": _NamesOrPattern} if str in options else {})
+    if type_ is bool:
+        return {"type": string_to_bool, "nargs": "?", "const": True}
+    if bool in options:
+        return {"type": _bool_or_name}
+    return {"type": int if int in options else float}
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"output.dense": 0.5}}')
+    return value
+
+
+def _bool_or_name(text: str) -> bool | str:
+    try:
+        return string_to_bool(text)
+    except argparse.ArgumentTypeError:
+        return text
+
+
+class _NamesOrPattern(argparse.Action):
+    """Several values are names; a single one is a name, a regular expression, or all-linear."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        single = values[0] if len(values) == 1 else ""
+        # PEFT matches a string in full and the names of a list as suffixes; "query" is meant as the latter.
+        is_pattern = single == "all-linear" or re.search(r"[^\w.]", single)
+        setattr(namespace, self.dest, single if is_pattern else values)
+
+
+def _pst_config(preset: str | None, given: dict[str, Any]) -> PSTConfig:
+    try:
+        return PSTConfig.paper(**given) if preset == "paper" else PSTConfig(**given)
+    except ValueError as error:
+        raise UserError(error) from error

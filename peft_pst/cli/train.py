@@ -1,0 +1,214 @@
+"""`peft-pst train`: fine-tune and prune a model, and write the adapter with its metrics and its report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, get_last_checkpoint
+
+from ..model import pst_layers
+from ..plots import plot_kept_weights, plot_layer_sparsity, plot_training
+from ..report import SparsityReport, report_model
+from .adapter import add_adapter
+from .classification import prepare_classification
+from .console import plain_warnings, say
+from .data import check_source
+from .errors import UserError, require
+from .job import Job
+from .labels import Labels
+from .language import prepare_language_modelling
+from .metrics import perplexity, predicted
+from .options import TrainOptions, parse
+from .report import print_text
+from .trainer import PSTTrainer
+
+PREDICTIONS_NAME = "test_predictions.tsv"
+REPORT_FOLDER = "report"
+
+
+def run(argv: list[str]) -> None:
+    """Train as the command line says; see `peft-pst train --help`.
+
+    Raises:
+        UserError: for a mistake in the input, before anything is trained or written.
+    """
+    with plain_warnings():
+        _run(parse(argv))
+
+
+def _run(options: TrainOptions) -> None:
+    for module in ("datasets", "sklearn.metrics", "scipy.stats", "matplotlib"):
+        require(module, "cli")
+    checkpoint = _check_output(options)
+    check_source(options.data)
+    options.pst.task_type = "SEQ_CLS" if options.data.task == "seq_cls" else "CAUSAL_LM"
+    prepare = prepare_classification if options.data.task == "seq_cls" else prepare_language_modelling
+    job = prepare(options)
+    _check_evaluation(options, job)
+    model = add_adapter(job.base, options.pst)
+    trainer = _make_trainer(model, job, options)
+    say(*_introduction(model, job, options))
+    if options.run.overwrite and not checkpoint and trainer.is_world_process_zero():
+        _remove_old_checkpoints(options.output_dir)
+    _train(trainer, job, checkpoint)
+    _evaluate(trainer, job)
+    _predict(trainer, job, options.output_dir)
+    trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        print_text("\n" + _write_report(trainer, options.output_dir).to_table())
+        say("", *_farewell(options.output_dir))
+
+
+# Before training
+
+
+def _check_output(options: TrainOptions) -> str | None:
+    """The checkpoint to resume from, if any; refuses to write over anything that is not said to be overwritten."""
+    folder = options.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file; pass a folder.")
+    resume = options.training.resume_from_checkpoint
+    if resume is not None:
+        return _find_checkpoint(folder, resume)
+    if folder.is_dir() and any(folder.iterdir()) and not options.run.overwrite:
+        raise UserError(
+            f"--output_dir {folder} is not empty; pass another folder, --overwrite to write into it, or "
+            "--resume_from_checkpoint true to go on with the run in it."
+        )
+    return None
+
+
+def _find_checkpoint(folder: Path, resume: str) -> str | None:
+    if resume.lower() in ("false", "no"):
+        return None
+    if resume.lower() in ("true", "yes", "last"):
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if last is None:
+            raise UserError(f"--resume_from_checkpoint {resume}: {folder} holds no checkpoint; leave the option out.")
+        return last
+    for name in (CONFIG_NAME, TRAINER_STATE_NAME):
+        if not (Path(resume) / name).is_file():
+            raise UserError(f"--resume_from_checkpoint {resume} is not a checkpoint of an adapter: it has no {name}.")
+    return resume
+
+
+def _check_evaluation(options: TrainOptions, job: Job) -> None:
+    strategy = IntervalStrategy(options.training.eval_strategy)
+    if strategy is not IntervalStrategy.NO and job.validation is None:
+        raise UserError(
+            f"--eval_strategy {strategy.value} needs data to evaluate on; pass --validation_file or a data set with a "
+            "split 'validation'."
+        )
+
+
+def _make_trainer(model: PeftModel, job: Job, options: TrainOptions) -> PSTTrainer:
+    if job.labels is None:
+        options.training.prediction_loss_only = True  # the logits of a vocabulary would fill the memory
+    if options.training.device.type == "cpu":
+        options.training.dataloader_pin_memory = False  # torch would warn at every evaluation
+    try:
+        return PSTTrainer(
+            run=options.run,
+            labels=job.labels,
+            model=model,
+            args=options.training,
+            train_dataset=job.train,
+            eval_dataset=job.validation,
+            data_collator=job.collator,
+            processing_class=job.base.tokenizer,
+            compute_metrics=job.compute_metrics,
+        )
+    except ValueError as error:
+        raise UserError(error) from error
+
+
+def _introduction(model: PeftModel, job: Job, options: TrainOptions) -> list[str]:
+    trainable, total = model.get_nb_trainable_parameters()
+    config = options.pst
+    return [
+        f"Model     {options.model.model_name_or_path}, {total - trainable:,} parameters",
+        *job.facts,
+        f"Adapter   {sum(1 for _ in pst_layers(model))} matrices, {trainable:,} parameters train",
+        f"Sparsity  from {config.initial_sparsity:g} to {config.target_sparsity:g}"
+        + (" (others by sparsity_pattern)" if config.sparsity_pattern else ""),
+        "",
+    ]
+
+
+def _remove_old_checkpoints(folder: Path) -> None:
+    """Those of the run that is overwritten; --resume_from_checkpoint must never take them for ours."""
+    for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(checkpoint)
+
+
+# Training and after
+
+
+def _train(trainer: PSTTrainer, job: Job, checkpoint: str | None) -> None:
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    trainer.save_state()
+    _record(trainer, "train", {**metrics, "train_samples": len(job.train)})
+
+
+def _evaluate(trainer: PSTTrainer, job: Job) -> None:
+    if job.validation is None:
+        return
+    metrics = trainer.evaluate()
+    if job.labels is None:
+        metrics["eval_perplexity"] = perplexity(metrics["eval_loss"])
+    _record(trainer, "eval", {**metrics, "eval_samples": len(job.validation)})
+
+
+def _predict(trainer: PSTTrainer, job: Job, folder: Path) -> None:
+    if job.test is None:
+        return
+    assert job.labels is not None  # there is no test split for language modelling
+    output = trainer.predict(job.test)
+    if output.label_ids is not None:
+        _record(trainer, "test", {**(output.metrics or {}), "test_samples": len(job.test)})
+    if trainer.is_world_process_zero():
+        _write_predictions(folder / PREDICTIONS_NAME, predicted(output.predictions), job.labels)
+
+
+def _record(trainer: PSTTrainer, split: str, metrics: dict[str, Any]) -> None:
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+
+
+def _write_predictions(path: Path, predictions: np.ndarray, labels: Labels) -> None:
+    """A table as GLUE takes them: the number of the row, from 0, and the label or the number."""
+    rows = (labels.names[value] if labels.names else f"{value:.4f}" for value in predictions)
+    lines = ["index\tprediction", *(f"{index}\t{row}" for index, row in enumerate(rows))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_report(trainer: PSTTrainer, adapter: Path) -> SparsityReport:
+    """The same files that `peft-pst report` writes, from the model in memory."""
+    folder = adapter / REPORT_FOLDER
+    folder.mkdir(exist_ok=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    files = {name: (adapter / name).stat().st_size for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)}
+    report = replace(report_model(model), source=str(adapter), files=files)
+    report.save(folder / "report.json")
+    plot_layer_sparsity(report, folder / "layer_sparsity.png")
+    first = next(pst_layers(model))
+    plot_kept_weights(first.get_mask("default"), folder / "kept_weights.png", title=first.module_name)
+    plot_training(trainer.state.log_history, folder / "training.png")
+    return report
+
+
+def _farewell(folder: Path) -> Sequence[str]:
+    return (
+        f"In {folder}: the adapter, README.md with the lines that load it, all_results.json, and {REPORT_FOLDER}/ with "
+        "report.json and pictures.",
+        f"For a plain checkpoint: peft-pst merge {folder} {folder}-merged",
+    )

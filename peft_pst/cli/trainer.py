@@ -1,0 +1,77 @@
+"""The Trainer with what PST adds to it: the schedule, its own learning rates, labels and card beside the adapter."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer
+
+from ..callback import PSTCallback
+from ..optimizer import create_pst_optimizer
+from .errors import UserError
+from .labels import Labels
+from .model_card import write_model_card
+from .options import RunOptions
+
+
+class PSTTrainer(Trainer):
+    """A `Trainer` for a model with a PST adapter.
+
+    Args:
+        run: learning rates of scores and head, and how the best checkpoint is chosen.
+        labels: what a classifier predicts, saved with every checkpoint; None for language modelling.
+        **kwargs: as for `Trainer`.
+    """
+
+    def __init__(self, *, run: RunOptions, labels: Labels | None, **kwargs: Any) -> None:
+        self.run_options = run
+        self.labels = labels
+        callback = PSTCallback(best_at_target=run.best_at_target)
+        super().__init__(callbacks=[callback], **kwargs)
+        # The Trainer calls its reporting integrations first, but they are to see the sparsity that ours logs.
+        callbacks = self.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """The optimizer that `--optim` names, over PST's parameter groups."""
+        if self.optimizer is None:
+            trained: Any = self.model if model is None else model
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            if _takes_groups(optimizer_class, kwargs):
+                kwargs.pop("lr", None)
+                self.optimizer = create_pst_optimizer(
+                    trained,
+                    optimizer_class,
+                    lr=self.args.learning_rate,
+                    score_lr=self.run_options.score_learning_rate,
+                    head_lr=self.run_options.head_learning_rate,
+                    weight_decay=self.args.weight_decay,
+                    **kwargs,
+                )
+            elif self.run_options.score_learning_rate is not None or self.run_options.head_learning_rate is not None:
+                raise UserError(
+                    f"--optim {self.args.optim} groups the parameters itself, so --score_learning_rate and "
+                    "--head_learning_rate cannot be kept; leave them out or choose another optimizer."
+                )
+        return super().create_optimizer(model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter, the tokenizer and the labels."""
+        super().save_model(output_dir, _internal_call)
+        if self.labels and self.args.should_save:
+            self.labels.save(str(output_dir or self.args.output_dir))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card that says how to load the adapter; the Trainer calls this when it pushes to the hub."""
+        if self.is_world_process_zero():
+            write_model_card(self.accelerator.unwrap_model(self.model), Path(str(self.args.output_dir)), self.labels)
+
+
+def _takes_groups(optimizer_class: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an optimizer is a plain class over parameter groups; GaLore, LOMO and Muon choose for themselves."""
+    chooses = {"params", "model", "optimizer_dict"} & kwargs.keys()
+    return inspect.isclass(optimizer_class) and issubclass(optimizer_class, Optimizer) and not chooses
