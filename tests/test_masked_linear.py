@@ -392,6 +392,21 @@ def test_half_precision_base(kind: str, dtype: torch.dtype, epsilon: float) -> N
     assert_agrees(layer, x, gy, 2 * epsilon)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_adapter(dtype: torch.dtype) -> None:
+    """PEFT keeps the adapter in the base's dtype when told to; scores and gradients are still made in float32."""
+    config = PSTConfig(target_modules=["0"], initial_sparsity=0.9)
+    model = get_peft_model(nn.Sequential(make_base("linear", 96, 64, dtype)), config, autocast_adapter_dtype=False)
+    layer = model.base_model.model[0]
+    perturb(layer)
+    assert layer.get_scores("default").dtype == torch.float32
+    expected = oracle.mask(layer.get_scores("default"), int(96 * 64 * 0.9))
+    assert torch.equal(layer.get_mask("default"), expected)
+    _, gradients = run(layer, torch.randn(5, 64).to(dtype), torch.randn(5, 96).to(dtype))
+    assert {gradient.dtype for gradient in gradients.values()} == {dtype}
+    assert_agrees(layer, torch.randn(5, 64).to(dtype), torch.randn(5, 96).to(dtype), 2**-7)
+
+
 def test_float32_scores_of_a_half_precision_base() -> None:
     """An update too small for bfloat16 to hold still decides which weights are kept."""
     base = nn.Linear(4, 1, bias=False)
