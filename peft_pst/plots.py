@@ -97,7 +97,9 @@ def plot_kept_weights(mask: Tensor, path: str | Path, *, title: str = "Kept weig
     kept = mask.detach().to("cpu", torch.float32)
     with _styled():
         figure = _draw_kept(kept)
-        kept_share = f"{int(mask.sum()):,} of {mask.numel():,} weights kept ({100 * float(kept.mean()):.1f} %)"
+        kept_share = (
+            f"{int(mask.sum()):,} of {mask.numel():,} weights kept ({100 * float(kept.mean()):.1f} %), drawn dark"
+        )
         _add_title(figure, title, kept_share)
         return _write(figure, path)
 
@@ -252,10 +254,11 @@ def _draw_strips(kinds: Sequence[tuple[str, list[LayerSparsity]]]) -> Figure:
         x = blocks[index]
         axes.bar(x, [100.0] * len(layers), width=width, color=TRACK)
         axes.bar(x, [100 * layer.sparsity for layer in layers], width=width, color=_colors(layers))
-        targets = {position: layer.target_sparsity for position, layer in zip(x, layers, strict=True)}
-        for position, target in targets.items():
-            if target is not None:
-                axes.plot([position - 0.5, position + 0.5], [100 * target] * 2, color=INK, linewidth=1.2)
+        targets = {
+            at: row.target_sparsity for at, row in zip(x, layers, strict=True) if row.target_sparsity is not None
+        }
+        heights = [100 * target for target in targets.values()]
+        axes.hlines(heights, [at - 0.5 for at in targets], [at + 0.5 for at in targets], color=INK, linewidth=1.2)
         axes.set(xlim=(first - 0.6, last + 0.6), ylim=(0, 100), yticks=[])
         axes.spines[:].set_visible(False)
         axes.tick_params(bottom=False, labelbottom=index == len(kinds) - 1)

@@ -44,15 +44,10 @@ def run(arguments: Sequence[str]) -> None:
     report, read_mask = _read(path, options.base_model)
     pictured = _find_layer(report, options.layer)
     print_text(json.dumps(report.to_dict(), indent=2) if options.json else report.to_table(options.all or None))
-    output.mkdir(parents=True, exist_ok=True)
-    report.save(output / "report.json")
-    written = [
-        output / "report.json",
-        plot_layer_sparsity(report, output / "layer_sparsity.png"),
-        plot_kept_weights(read_mask(pictured), output / "kept_weights.png", title=pictured.name),
-    ]
-    if history:
-        written.append(plot_training(history, output / "training.png"))
+    try:
+        written = _write(output, report, read_mask(pictured), pictured.name, history)
+    except OSError as error:
+        raise UserError(f"cannot write to {str(output)!r}: {error.strerror}; name a folder with --output.") from error
     print(f"\nWritten to {output}: {', '.join(file.name for file in written)}", file=sys.stderr)
 
 
@@ -152,6 +147,19 @@ def _log_history(path: Path) -> list[dict[str, Any]]:
                 f"{str(file)!r} is damaged ({error!r}); remove it to report without the training."
             ) from error
     return max(histories, key=len, default=[])
+
+
+def _write(
+    output: Path, report: SparsityReport, mask: Tensor, layer_name: str, history: list[dict[str, Any]]
+) -> list[Path]:
+    output.mkdir(parents=True, exist_ok=True)
+    report.save(output / "report.json")
+    written = [
+        output / "report.json",
+        plot_layer_sparsity(report, output / "layer_sparsity.png"),
+        plot_kept_weights(mask, output / "kept_weights.png", title=layer_name),
+    ]
+    return [*written, plot_training(history, output / "training.png")] if history else written
 
 
 def _check_writable(output: Path) -> None:
