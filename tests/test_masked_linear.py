@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+import peft_pst
 from peft_pst import PSTConfig
 from peft_pst.layer import PSTLinear
 from peft_pst.masked_linear import Pruner, masked_linear
@@ -296,6 +297,17 @@ def test_non_contiguous_output_gradient(small: PSTLinear) -> None:
     x = torch.randn(5, 20).double()
     assert_agrees(small, x, torch.randn(12, 5).double().T, 1e-12)
     assert_agrees(small, x, torch.randn(1, 1).double().expand(5, 12), 1e-12)
+
+
+@pytest.mark.parametrize(("product", "reduction"), [(1, 1), (21 * 16, 1), (21 * 16, 21 * 8), (21 * 24, 21 * 16)])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, kind: str, product: int, reduction: int) -> None:
+    """The dense gradient is made and reduced a few rows at a time, also where the last block is a short one."""
+    monkeypatch.setattr(peft_pst.masked_linear, "_PRODUCT_NUMEL", product)
+    monkeypatch.setattr(peft_pst.masked_linear, "_reduction_numel", lambda weight: reduction)
+    layer = adapt(make_base(kind, 45, 21, torch.float64), initial_sparsity=0.6, r=3, score_rank=2)
+    perturb(layer, std=0.3)
+    assert_agrees(layer, torch.randn(7, 21).double(), torch.randn(7, 45).double(), 1e-12)
 
 
 def test_layer_used_twice_in_one_graph() -> None:
