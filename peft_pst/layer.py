@@ -232,7 +232,7 @@ class PSTLayer(BaseTunerLayer):
     def _dense(self) -> Tensor:
         """The base weight without any adapter, (out, in)."""
         base = self._base.weight
-        weight = base if self._dense_weight is None else self._dense_weight.to(base.device)
+        weight = base if self._dense_weight is None else self._dense_weight.to(base)
         return weight.T if self._stores_transposed else weight
 
     def _present(self, adapter_names: Sequence[str]) -> list[str]:
@@ -315,7 +315,7 @@ class PSTLayer(BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self._base
-        base.weight.data = self._dense_weight.to(base.weight.device)
+        base.weight.data = self._dense_weight.to(base.weight)  # the model may have been moved or cast meanwhile
         self._dense_weight = None
         self.merged_adapters = []
         self._masked_weight = None
