@@ -731,6 +731,49 @@ def test_a_merged_model_does_not_prune_twice() -> None:
         assert torch.equal(layer.get_scores("default"), scores[name])
 
 
+def test_a_cast_while_merged_holds_after_unmerging() -> None:
+    model, expected = pruned_net(), net(torch.bfloat16)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    assert {layer.get_masked_weight().dtype for layer in layers_of(model).values()} == {torch.bfloat16}
+    model.unmerge_adapter()
+    assert outputs(model).dtype == torch.bfloat16
+    assert_same_tensors(model.unload().state_dict(), expected.state_dict())
+
+
+def test_a_merged_adapter_cannot_be_deleted() -> None:
+    model = two_adapters()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="Cannot delete adapter"):
+        model.delete_adapter("b")
+
+
+def test_switching_while_merged_unmerges_first() -> None:
+    model = two_adapters()
+    expected = outputs(model)
+    model.set_adapter("a")
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.set_adapter("b")
+    assert torch.equal(outputs(model), expected)
+
+
+def test_saved_while_merged(tmp_path: Path) -> None:
+    model = pruned_net()
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(PeftModel.from_pretrained(net(), tmp_path)), outputs(model))
+
+
+def test_a_state_loaded_while_merged_leaves_the_dense_weight_alone() -> None:
+    model = pruned_net()
+    dense = snapshot(model)
+    model.merge_adapter()
+    model.load_state_dict(snapshot(model))
+    model.unmerge_adapter()
+    assert_same_tensors(snapshot(model), dense)
+
+
 def test_unmerging_twice_warns() -> None:
     with pytest.warns(UserWarning, match="Already unmerged"):
         pruned_net().unmerge_adapter()
