@@ -100,6 +100,7 @@ def test_dark_pixels_are_the_kept_weights(tmp_path, monkeypatch, shape):
     columns = ((torch.arange(shape[1]) + 0.5) / shape[1] * area.shape[1]).long()
     drawn = torch.tensor(area < 0.5)[rows][:, columns]
     assert torch.equal(drawn, mask)
+    assert figures[-1].axes[0].get_ylim() == (shape[0], 0)
 
 
 def test_a_large_mask_shows_where_weights_are_kept(tmp_path, monkeypatch):

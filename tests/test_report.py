@@ -114,6 +114,7 @@ def test_several_adapters_are_reported_alone_and_together():
         kept = torch.stack([layer.get_mask(name) for name in names]).all(0)
         assert row.zeros == slow_zeros(kept)
         assert row.promised == num_pruned(row.weights, 0.8)
+        assert row.target_sparsity == 0.8
     assert both.trainable_parameters == second.trainable_parameters + report_model(model, "first").trainable_parameters
 
 
