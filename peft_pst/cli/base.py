@@ -51,8 +51,7 @@ def load_base(options: ModelOptions, labels: Labels | None) -> Base:
     """
     name = options.model_name_or_path
     auto_class: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
-    with _said_in_one_line(f"tokenizer {options.tokenizer_name or name!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer_name or name, revision=_revision(options))
+    tokenizer = load_tokenizer(options.tokenizer_name or name, _revision(options))
     with _said_in_one_line(f"model {name!r}"), _quiet_about_new_heads():
         config = AutoConfig.from_pretrained(name, revision=_revision(options))
         if labels is not None:
@@ -70,8 +69,21 @@ def load_base(options: ModelOptions, labels: Labels | None) -> Base:
     new_modules = _new_modules(name, model, set(info["missing_keys"]) | misfits)
     if labels is not None:
         new_modules = [module for module in new_modules if not module.endswith(_HEADS_OF_PEFT)]
-    _settle_pad_token(name, model.config, tokenizer)
+    _settle_pad_token(name, model, tokenizer)
     return Base(model, tokenizer, new_modules, _max_positions(model.config, tokenizer))
+
+
+def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or the hub.
+
+    Raises:
+        UserError: if there is none. Where its files are missing, transformers makes one that knows no words.
+    """
+    with _said_in_one_line(f"the tokenizer of {name!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UserError(f"{name!r} has no tokenizer files; save the tokenizer beside the model.")
+    return tokenizer
 
 
 def settle_length(asked: int | None, default: int, base: Base) -> int:
@@ -113,15 +125,15 @@ def _new_modules(name: str, model: PreTrainedModel, missing: set[str]) -> list[s
     return sorted(found)
 
 
-def _settle_pad_token(name: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _settle_pad_token(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """GPT-2 and Llama have no token to pad with; the end token serves, as nothing is read behind it."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise UserError(f"the tokenizer of {name!r} has neither a pad nor an end token; give it one and save it.")
-    text_config = config.get_text_config()
-    if getattr(text_config, "pad_token_id", None) is None:
-        text_config.pad_token_id = tokenizer.pad_token_id
+    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
+        if config is not None and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = tokenizer.pad_token_id
 
 
 def _max_positions(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:

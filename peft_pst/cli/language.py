@@ -51,6 +51,10 @@ def prepare_language_modelling(options: TrainOptions) -> Job:
     """
     corpus = read_corpus(options.data)
     base = load_base(options.model, labels=None)
+    if base.model.loss_type is None:
+        # The Trainer reads from this whether the loss shifts the labels. Models whose class is not named
+        # ...ForCausalLM, as GPT-2's, leave it out, and their loss would be divided by one token a block too many.
+        base.model.loss_type = "ForCausalLM"
     length = settle_length(options.data.max_length, _DEFAULT_LENGTH, base)
     train = pack(corpus.train, base.tokenizer, length, options.data.max_train_samples)
     validation = None

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME
 
 from ..report import REPORT_NAME, SparsityReport, report_checkpoint, report_model
+from .base import load_tokenizer
 from .console import plain_warnings, say
 from .errors import UserError
 from .labels import Labels
@@ -127,10 +128,10 @@ def _write_merged(adapters: list[Path], output: Path, options: argparse.Namespac
 
 def _load(adapters: list[Path], base_model: str | None, dtype: str) -> Any:
     """The base as a `PeftModel` with all the adapters active, the first under the name "default"."""
+    _check_heads(adapters)
     # Masks come from the base as it is stored: a wider precision is taken now, a narrower one after merging.
     model: Any = load_adapted_model(adapters[0], base_model, dtype="float32" if dtype == "float32" else "auto")
     for folder in adapters[1:]:
-        read_adapter_config(folder)
         try:
             model.load_adapter(str(folder), adapter_name=folder.name, torch_device="cpu")
         except (ValueError, RuntimeError, OSError) as error:
@@ -139,13 +140,24 @@ def _load(adapters: list[Path], base_model: str | None, dtype: str) -> Any:
     return model
 
 
+def _check_heads(adapters: list[Path]) -> None:
+    """Masks and updates of several adapters combine; heads and other modules saved in full do not."""
+    with_modules = [folder for folder in adapters if read_adapter_config(folder).modules_to_save]
+    if len(adapters) > 1 and with_modules:
+        modules = ", ".join(read_adapter_config(with_modules[0]).modules_to_save or [])
+        raise UserError(
+            f"adapter {str(with_modules[0])!r} brings modules of its own ({modules}), which cannot be merged with "
+            "those of another; merge it alone."
+        )
+
+
 def _load_tokenizer(adapter: Path, base_model: str | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer saved with the adapter, else the base's, else None."""
     has_own = (adapter / TOKENIZER_CONFIG_FILE).is_file()
     source = str(adapter) if has_own else base_model or read_adapter_config(adapter).base_model_name_or_path
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
+        return load_tokenizer(str(source))
+    except UserError:
         return None
 
 

@@ -159,9 +159,12 @@ class Parser(HfArgumentParser):
     """An `HfArgumentParser` whose complaints are one line instead of the usage of two hundred options."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
-        close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
-        raise UserError(f"{message}; did you mean {close[0]}?" if close else message)
+        raise UserError(message)
+
+    def refuse(self, unknown: str) -> NoReturn:
+        """Complain about an argument that is none of the options."""
+        close = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+        raise UserError(f"{unknown} is not an option; " + (f"did you mean {close[0]}?" if close else "see --help."))
 
 
 def parse(argv: Sequence[str]) -> TrainOptions:
@@ -184,11 +187,13 @@ def parse(argv: Sequence[str]) -> TrainOptions:
     parser.dataclass_types.append(TrainerOptions)
     parser._add_dataclass_arguments(TrainerOptions)
     try:
-        parsed = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+        parsed = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True, look_for_args_file=False)
     except (ValueError, ImportError) as error:  # what the Trainer's options refuse
         raise UserError(error) from error
-    model, data, run, training, *rest = parsed
-    given = {destinations[name]: value for namespace in rest for name, value in vars(namespace).items()}
+    model, data, run, training, *namespaces, unknown = parsed
+    if unknown:
+        parser.refuse(unknown[0])
+    given = {destinations[name]: value for namespace in namespaces for name, value in vars(namespace).items()}
     return TrainOptions(model, data, run, training, _pst_config(run.preset, given))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
 from ..callback import PSTCallback
 from ..optimizer import create_pst_optimizer
@@ -53,9 +54,10 @@ class PSTTrainer(Trainer):
                     **kwargs,
                 )
             elif self.run_options.score_learning_rate is not None or self.run_options.head_learning_rate is not None:
+                name = OptimizerNames(self.args.optim).value
                 raise UserError(
-                    f"--optim {self.args.optim} groups the parameters itself, so --score_learning_rate and "
-                    "--head_learning_rate cannot be kept; leave them out or choose another optimizer."
+                    f"--optim {name} groups the parameters itself, so --score_learning_rate and --head_learning_rate "
+                    "cannot be kept; leave them out or choose another optimizer."
                 )
         return super().create_optimizer(model)
 

@@ -1,0 +1,509 @@
+"""`peft-pst train` from the command line to the files it writes, and every mistake it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file
+from sklearn.metrics import matthews_corrcoef
+from tiny_checkpoints import WORDS, save_bert, save_gpt2, save_masked_bert
+from transformers import AutoTokenizer, TrainerCallback
+
+import peft_pst.cli
+from peft_pst import PSTCallback, PSTConfig
+from peft_pst.cli.classification import prepare_classification
+from peft_pst.cli.errors import UserError
+from peft_pst.cli.labels import Labels
+from peft_pst.cli.language import prepare_language_modelling
+from peft_pst.cli.options import parse, pst_fields
+from peft_pst.cli.train import _make_trainer, add_adapter
+from peft_pst.masking import num_pruned
+
+GOOD, BAD = ("good", "great", "fine"), ("bad", "dull", "poor")
+ROWS = [(f"the {noun} was {word}", word in GOOD) for noun in ("film", "plot", "cast") for word in (*GOOD, *BAD)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small only wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def masked_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_masked_bert(tmp_path_factory.mktemp("masked-bert"))
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_gpt2(tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> str:
+    """A CSV file of two labels, with a comma inside quotes."""
+    lines = ["text,label", *(f'"{text}, very","{"pos" if good else "neg"}"' for text, good in ROWS)]
+    file = tmp_path / "reviews.csv"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(file)
+
+
+def train(model: str, output: Path, *arguments: str) -> int:
+    quick = ["--max_steps", "6", "--per_device_train_batch_size", "4", "--disable_tqdm", "true", "--use_cpu"]
+    small = ["--r", "2", "--score_rank", "2"]
+    required = ["--model_name_or_path", model, "--output_dir", str(output)]
+    return peft_pst.cli.main(["train", *required, *quick, *small, *arguments])
+
+
+def read_json(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def logits(adapter: Path, texts: list[str], **kwargs: int) -> torch.Tensor:
+    model = AutoPeftModelForSequenceClassification.from_pretrained(adapter, **kwargs).eval()
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    with torch.no_grad():
+        return model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+
+
+# What a run leaves behind
+
+
+def test_classification_from_csv(bert: str, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    assert train(bert, output, "--train_file", reviews, "--validation_file", reviews, "--learning_rate", "0.05") == 0
+    assert Labels.load(output) == Labels("single_label_classification", ("neg", "pos"))
+
+    # The adapter on disk gives the accuracy that the run reported, computed here by other means.
+    predictions = logits(output, [f"{text}, very" for text, _ in ROWS]).argmax(1).tolist()
+    right = sum(prediction == good for prediction, (_, good) in zip(predictions, ROWS, strict=True))
+    assert read_json(output / "all_results.json")["eval_accuracy"] == pytest.approx(right / len(ROWS))
+
+    report = read_json(output / "report" / "report.json")
+    assert report["zeros"] == sum(num_pruned(math.prod(layer["shape"]), 0.9) for layer in report["layers"])
+    assert len(report["layers"]) == 12
+    assert {file.name for file in (output / "report").iterdir()} == {
+        "report.json",
+        "layer_sparsity.png",
+        "kept_weights.png",
+        "training.png",
+    }
+    assert read_json(output / "trainer_state.json")["log_history"][-1]["sparsity"] == round(report["sparsity"], 6)
+    printed = capsys.readouterr().out
+    assert f"peft-pst merge {output} {output}-merged" in printed
+    assert "2 labels: neg, pos" in printed
+
+
+def test_model_card_says_how_to_load(bert: str, reviews: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert train(bert, output, "--train_file", reviews, "--validation_file", reviews) == 0
+    card = (output / "README.md").read_text(encoding="utf-8")
+    code = card.split("```python\n")[1].split("```")[0]
+    assert code.startswith("import peft_pst\n")
+    namespace: dict = {}
+    exec(code.replace('"out"', repr(str(output))), namespace)
+    assert namespace["model"].peft_config["default"].peft_type == "PST"
+    assert f"base_model: {bert}" in card
+    assert "eval_accuracy" in card
+    sparsity = read_json(output / "report" / "report.json")["sparsity"]
+    assert f"{sparsity:.2%} of the weights in 12 matrices" in card
+
+
+def test_three_labels_with_predictions(bert: str, tmp_path: Path) -> None:
+    colours = ("red", "green", "blue")
+    rows = [{"sentence": f"the film is {colour}", "class": colour, "year": 1990} for colour in colours * 4]
+    train_file, test_file = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    test_file.write_text("".join(json.dumps({"sentence": row["sentence"]}) + "\n" for row in rows), encoding="utf-8")
+    output = tmp_path / "out"
+    assert train(bert, output, "--train_file", str(train_file), "--test_file", str(test_file)) == 0
+    names = sorted(colours)
+    assert Labels.load(output) == Labels("single_label_classification", tuple(names))
+    expected = [names[i] for i in logits(output, [row["sentence"] for row in rows], num_labels=3).argmax(1)]
+    lines = (output / "test_predictions.tsv").read_text(encoding="utf-8").splitlines()
+    assert lines == ["index\tprediction", *(f"{index}\t{name}" for index, name in enumerate(expected))]
+    assert not (output / "test_results.json").exists()
+
+
+def test_cola_has_no_header_and_is_scored_by_matthews(bert: str, tmp_path: Path) -> None:
+    file = tmp_path / "train.tsv"
+    # A quotation mark that is never closed: GLUE's files are read without quoting.
+    file.write_text("".join(f'gj04\t{int(good)}\t\t"{text}\n' for text, good in ROWS), encoding="utf-8")
+    output = tmp_path / "out"
+    assert train(bert, output, "--task_name", "cola", "--train_file", str(file), "--validation_file", str(file)) == 0
+    assert Labels.load(output) == Labels("single_label_classification", ("unacceptable", "acceptable"))
+    predictions = logits(output, [f'"{text}' for text, _ in ROWS]).argmax(1).tolist()
+    results = read_json(output / "eval_results.json")
+    assert results["eval_samples"] == len(ROWS)
+    assert results["eval_matthews_correlation"] == pytest.approx(matthews_corrcoef([g for _, g in ROWS], predictions))
+
+
+def test_regression_is_recognised(bert: str, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.tsv"
+    lines = [f"{text}\tthe film was good\t{4.5 if good else 1.0:.3f}" for text, good in ROWS]
+    file.write_text("\n".join(["sentence1\tsentence2\tscore", *lines]) + "\n", encoding="utf-8")
+    output = tmp_path / "out"
+    assert train(bert, output, "--train_file", str(file), "--validation_file", str(file)) == 0
+    assert Labels.load(output) == Labels("regression")
+    assert {"eval_pearson", "eval_spearman"} <= read_json(output / "eval_results.json").keys()
+    assert load_file(output / "adapter_model.safetensors")["base_model.model.classifier.weight"].shape[0] == 1
+
+
+def test_language_model_from_text(gpt2: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(WORDS) for _ in range(20)) + "\n", encoding="utf-8")
+    output = tmp_path / "out"
+    arguments = ["--task", "causal_lm", "--train_file", str(text), "--validation_file", str(text), "--max_length", "16"]
+    assert train(gpt2, output, *arguments) == 0
+    results = read_json(output / "all_results.json")
+    assert results["train_samples"] == 20 * len(WORDS) // 16
+    model = AutoPeftModelForCausalLM.from_pretrained(output).eval()
+    ids = AutoTokenizer.from_pretrained(output)(text.read_text(encoding="utf-8"))["input_ids"]
+    blocks = torch.tensor(ids[: len(ids) // 16 * 16]).view(-1, 16)
+    with torch.no_grad():
+        loss = model(input_ids=blocks, labels=blocks).loss.item()
+    assert results["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_documents_are_separated(gpt2: str, tmp_path: Path) -> None:
+    file = tmp_path / "documents.jsonl"
+    file.write_text('{"body": "the film"}\n{"body": ""}\n{"body": "a plot was dull"}\n', encoding="utf-8")
+    required = ["--model_name_or_path", gpt2, "--output_dir", str(tmp_path)]
+    options = parse([*required, "--task", "causal_lm", "--train_file", str(file), "--max_length", "2"])
+    job = prepare_language_modelling(options)
+    words = [job.base.tokenizer.decode(ids) for ids in job.train["input_ids"]]
+    assert words == ["the film", "[EOS] a", "plot was", "dull [EOS]"]
+    assert job.train["labels"] == job.train["input_ids"]
+
+
+def test_classifier_without_pad_token(gpt2: str, reviews: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert train(gpt2, output, "--train_file", reviews, "--validation_file", reviews) == 0
+    assert AutoTokenizer.from_pretrained(output).pad_token == "[EOS]"
+    texts = [f"{text}, very" for text, _ in ROWS]
+    right = sum(p == good for p, (_, good) in zip(logits(output, texts).argmax(1).tolist(), ROWS, strict=True))
+    assert read_json(output / "all_results.json")["eval_accuracy"] == pytest.approx(right / len(ROWS))
+
+
+def test_modules_that_start_at_random_are_saved(masked_bert: str, reviews: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert train(masked_bert, output, "--train_file", reviews) == 0
+    assert "base_model.model.bert.pooler.dense.weight" in load_file(output / "adapter_model.safetensors")
+    torch.manual_seed(1)
+    first = logits(output, ["the film was good"])
+    torch.manual_seed(2)  # the base would start another pooler
+    assert torch.equal(first, logits(output, ["the film was good"]))
+
+
+def test_resumed_run_ends_where_an_uninterrupted_one_does(bert: str, reviews: str, tmp_path: Path) -> None:
+    arguments = ["--train_file", reviews, "--save_steps", "3", "--max_steps", "6"]
+    assert train(bert, tmp_path / "whole", *arguments) == 0
+    assert Labels.load(tmp_path / "whole" / "checkpoint-3") is not None
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "broken" / "checkpoint-3")
+    assert train(bert, tmp_path / "broken", *arguments, "--resume_from_checkpoint", "true") == 0
+    whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "broken"))
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+def test_overwriting_removes_the_old_checkpoints(bert: str, reviews: str, tmp_path: Path) -> None:
+    stale = tmp_path / "out" / "checkpoint-1000"
+    stale.mkdir(parents=True)
+    assert train(bert, tmp_path / "out", "--train_file", reviews, "--overwrite") == 0
+    assert not stale.exists()
+
+
+# The Trainer
+
+
+def make_trainer(bert: str, reviews: str, tmp_path: Path, *arguments: str):
+    required = ["--model_name_or_path", bert, "--train_file", reviews, "--output_dir", str(tmp_path / "out")]
+    options = parse([*required, "--use_cpu", "--disable_tqdm", "true", *arguments])
+    options.pst.task_type = "SEQ_CLS"
+    job = prepare_classification(options)
+    return _make_trainer(add_adapter(job.base, options.pst), job, options)
+
+
+def test_learning_rates(bert: str, reviews: str, tmp_path: Path) -> None:
+    rates = ["--learning_rate", "0.003", "--score_learning_rate", "0.01", "--head_learning_rate", "0.001"]
+    adam = ["--adam_beta1", "0.5", "--weight_decay", "0.1", "--optim", "adamw_torch"]
+    trainer = make_trainer(bert, reviews, tmp_path, *rates, *adam)
+    groups = {group["name"]: group for group in trainer.create_optimizer().param_groups}
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "weight_update": 0.003,
+        "scores": 0.01,
+        "head": 0.001,
+        "head_no_decay": 0.001,
+    }
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        "weight_update": 0.1,
+        "scores": 0.0,
+        "head": 0.1,
+        "head_no_decay": 0.0,
+    }
+    assert all(group["betas"][0] == 0.5 for group in groups.values())
+    trained = {parameter for parameter in trainer.model.parameters() if parameter.requires_grad}
+    assert {parameter for group in groups.values() for parameter in group["params"]} == trained
+
+
+def test_optimizer_that_chooses_its_own_parameters(
+    bert: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(bert, reviews, tmp_path, "--score_learning_rate", "0.01")
+    chosen = [{"params": [parameter]} for parameter in trainer.model.parameters() if parameter.requires_grad][:1]
+    choice = (torch.optim.SGD, {"params": chosen, "lr": 0.1})  # as GaLore's is handed over
+    monkeypatch.setattr(trainer, "get_optimizer_cls_and_kwargs", lambda *_: (choice[0], dict(choice[1])))
+    with pytest.raises(UserError, match=r"--optim adamw_torch(_fused)? groups the parameters itself"):
+        trainer.create_optimizer()
+    trainer.run_options.score_learning_rate = None
+    assert trainer.create_optimizer().param_groups[0]["params"] == chosen[0]["params"]
+
+
+def test_reporting_integrations_see_the_sparsity(
+    bert: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Integration(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+            seen.append("sparsity" in logs)
+
+    monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda report_to: [Integration])
+    trainer = make_trainer(
+        bert, reviews, tmp_path, "--max_steps", "2", "--logging_steps", "1", "--disable_tqdm", "true"
+    )
+    trainer.train()
+    assert seen == [True, True, True]
+    assert sum(isinstance(callback, PSTCallback) for callback in trainer.callback_handler.callbacks) == 1
+
+
+# Options
+
+
+def test_pst_options_come_from_the_config() -> None:
+    required = ["--model_name_or_path", "m", "--output_dir", "o"]
+    assert parse(required).pst == PSTConfig()
+    given = {
+        "target_sparsity": 0.7,
+        "initial_sparsity": 0.1,
+        "r": 4,
+        "score_rank": 0,
+        "structured": True,
+        "beta": 2.0,
+        "alpha2": 0.5,
+        "warmup_ratio": 0.2,
+        "cooldown_ratio": 0.2,
+        "total_steps": 10,
+        "init_weights": "fan_in",
+        "target_modules": ["query", "value"],
+        "exclude_modules": ["attention.output.dense"],
+        "layers_to_transform": [0, 1],
+        "layers_pattern": ["layer"],
+        "modules_to_save": ["pooler"],
+        "bias": "pst_only",
+        "fan_in_fan_out": False,
+        "sparsity_pattern": {"query": 0.5},
+        "rank_pattern": {"query": 2},
+        "score_rank_pattern": {},
+    }
+    arguments = []
+    for name, value in given.items():
+        is_list = isinstance(value, list)
+        texts = (
+            [str(item) for item in value] if is_list else [json.dumps(value) if isinstance(value, dict) else str(value)]
+        )
+        arguments += [f"--{name}", *texts]
+    assert parse(required + arguments).pst == PSTConfig(**given)
+    assert {field.name for field in pst_fields()} == given.keys() | {"alpha1"}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["query"], {"query"}),
+        (["attention.self.query"], {"attention.self.query"}),
+        (["all-linear"], "all-linear"),
+        ([r".*\.(query|key)"], r".*\.(query|key)"),
+    ],
+)
+def test_single_target_is_a_name_or_a_pattern(values: list[str], expected: set[str] | str) -> None:
+    options = parse(["--model_name_or_path", "m", "--output_dir", "o", "--target_modules", *values])
+    assert options.pst.target_modules == expected
+
+
+def test_preset_is_the_papers_and_can_be_changed() -> None:
+    required = ["--model_name_or_path", "m", "--output_dir", "o", "--preset", "paper"]
+    assert parse(required).pst == PSTConfig.paper()
+    assert parse([*required, "--target_sparsity", "0.5"]).pst == PSTConfig.paper(target_sparsity=0.5)
+
+
+def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        peft_pst.cli.main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert [field.name for field in dataclasses.fields(PSTConfig) if f"--{field.name} " not in text] == [
+        field.name for field in dataclasses.fields(PSTConfig) if field not in pst_fields()
+    ]
+    assert "--learning_rate " in text
+
+
+# Mistakes: one line, status 2, and nothing written
+
+
+def refused(capsys: pytest.CaptureFixture[str], status: int, output: Path) -> str:
+    """The message of a refused run."""
+    assert status == 2
+    assert not output.exists()
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert error.rstrip().endswith(lines[0])
+    assert "Traceback" not in error
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no training data; pass --task_name, --train_file or --dataset_name"),
+        (["--train_file", "absent.csv"], "--train_file absent.csv: there is no such file"),
+        (["--train_file", "{csv}", "--validation_file", "absent.csv"], "--validation_file absent.csv: there is no"),
+        (["--validation_file", "{csv}", "--task_name", "sst2"], "--validation_file needs --train_file beside it"),
+        (["--train_file", "{csv}", "--dataset_name", "x"], "--dataset_name excludes --train_file"),
+        (["--task_name", "sst3"], "--task_name sst3 is none of cola, sst2,"),
+        (["--train_file", "{csv}", "--text_column", "txt"], "has no column 'txt'; it has 'text', 'label'. Pass --text"),
+        (["--train_file", "{csv}", "--label_column", "y"], "has no column 'y'; it has 'text', 'label'. Pass --label"),
+        (["--train_file", "{csv}", "--target_sparsity", "1.5"], "target_sparsity=1.5 is outside [0, 1)"),
+        (["--train_file", "{csv}", "--r", "-1"], "r=-1 is not a rank"),
+        (["--train_file", "{csv}", "--r", "many"], "argument --r: invalid int value: 'many'"),
+        (["--train_file", "{csv}", "--sparsity_pattern", "90%"], "'90%' is not JSON"),
+        (
+            ["--train_file", "{csv}", "--target_sparcity", "0.5"],
+            "did you mean --target_sparsity?",
+        ),
+        (
+            ["--train_file", "{csv}", "--target_modules", "qwery"],
+            "--target_modules qwery matches no layer",
+        ),
+        (
+            ["--train_file", "{csv}", "--target_modules", "query", "qwery"],
+            "'qwery' matches no layer",
+        ),
+        (["--train_file", "{csv}", "--problem", "regression"], "row 1: label 'pos' is not a finite number"),
+        (["--train_file", "{csv}", "--max_length", "33"], "--max_length 33 is more than the 32 tokens"),
+        (["--train_file", "{csv}", "--max_length", "0"], "max_length=0 is below 1"),
+        (["--train_file", "{csv}", "--eval_strategy", "steps"], "--eval_strategy steps needs data to evaluate on"),
+        (["--train_file", "{csv}", "--score_learning_rate", "-1"], "score_learning_rate=-1.0 is negative"),
+        (["--train_file", "{csv}", "--resume_from_checkpoint", "true"], "holds no checkpoint; leave the option out"),
+        (["--train_file", "{csv}", "--resume_from_checkpoint", "{folder}"], "is not a checkpoint of an adapter"),
+        (["--train_file", "{csv}", "--model_name_or_path", "{folder}"], "could not be loaded:"),
+        (
+            ["--train_file", "{csv}", "--load_best_model_at_end", "true", "--eval_steps", "2"],
+            "--load_best_model_at_end",
+        ),
+        (["--train_file", "{csv}", "--task", "causal_lm", "--test_file", "{csv}"], "--test_file is for seq_cls"),
+        (["--train_file", "{csv}", "--task_name", "mrpc"], "has no column 'sentence1'; it has 'text', 'label'"),
+        (["--task_name", "sst2", "--task", "causal_lm"], "--task_name is for seq_cls"),
+        (
+            ["--train_file", "{csv}", "--task_name", "stsb", "--problem", "regression"],
+            "has 2 columns; without a header line it needs genre, filename,",
+        ),
+        (["--train_file", "{csv}", "--task_name", "stsb", "--problem", "single_label_classification"], "contradicts"),
+    ],
+)
+def test_mistakes(
+    bert: str, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    filled = [argument.replace("{csv}", reviews).replace("{folder}", str(tmp_path)) for argument in arguments]
+    output = tmp_path / "out"
+    assert message in refused(capsys, train(bert, output, *filled), output)
+
+
+@pytest.mark.parametrize(
+    ("train_text", "validation_text", "message"),
+    [
+        (
+            "text,label\na,x\nb,y\n",
+            "text,label\na,x\nb,z\n",
+            "validation.csv, row 2: label 'z' is none of 'x', 'y'",
+        ),
+        ("text,label\na,x\nb,\n", "", "train.csv, row 2: the label is missing"),
+        ("text,label\na,x\nb,x\n", "", "train.csv: all labels are 'x'"),
+        ("text,label\na,0.5\nb,1.5\nc,high\n", "", "train.csv, row 3: label 'high' is not a number, although most"),
+        ("text,label\na,x\nb,y,z\n", "", "train.csv, row 2: 3 fields, but there are 2 columns"),
+        ("text,text,label\na,b,x\n", "", "train.csv has more than one column 'text'"),
+        ("text,label\n", "", "train.csv holds no rows"),
+        ("", "", "train.csv holds no rows"),
+    ],
+)
+def test_unusable_files(
+    bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], train_text: str, validation_text: str, message: str
+) -> None:
+    arguments = []
+    files = {"train": train_text, "validation": validation_text} if validation_text else {"train": train_text}
+    for split, text in files.items():
+        file = tmp_path / f"{split}.csv"
+        file.write_text(text, encoding="utf-8")
+        arguments += [f"--{split}_file", str(file)]
+    output = tmp_path / "out"
+    assert message in refused(capsys, train(bert, output, *arguments), output)
+
+
+def test_unusable_jsonl(bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, output = tmp_path / "train.jsonl", tmp_path / "out"
+    for text, message in (
+        ('{"text": "a", "label": 0}\n{"text": 5, "label": 1}\n', "row 2: 'text' is 5, not a text"),
+        ('{"text": "a", "label": 0}\n{"label": 1}\n', "row 2: 'text' is None, not a text"),
+        ('{"text": "a", "label": 0}\nnonsense\n', "row 2 is not JSON"),
+        ("[1]\n", "row 1 is not a JSON object"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        assert message in refused(capsys, train(bert, output, "--train_file", str(file)), output)
+
+
+def test_text_that_is_not_utf8(bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "train.csv"
+    file.write_bytes(b"text,label\ncaf\xe9,1\n")
+    output = tmp_path / "out"
+    assert "train.csv is not UTF-8" in refused(capsys, train(bert, output, "--train_file", str(file)), output)
+
+
+def test_text_shorter_than_a_block(gpt2: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, output = tmp_path / "short.txt", tmp_path / "out"
+    file.write_text("the film", encoding="utf-8")
+    message = refused(capsys, train(gpt2, output, "--task", "causal_lm", "--train_file", str(file)), output)
+    assert "short.txt has 2 tokens, fewer than one block of 32" in message
+
+
+def test_model_without_tokenizer(bert: str, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(bert, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    output = tmp_path / "out"
+    status = train(str(tmp_path / "bare"), output, "--train_file", reviews)
+    assert "has no tokenizer files; save the tokenizer beside the model" in refused(capsys, status, output)
+
+
+def test_folder_that_is_not_empty(bert: str, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work", encoding="utf-8")
+    assert train(bert, tmp_path / "out", "--train_file", reviews) == 2
+    assert "is not empty; pass another folder, --overwrite" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.txt"]
