@@ -56,7 +56,7 @@ def scores(weight: Tensor, adapter: Adapter) -> Tensor:
 def mask(scores: Tensor, count: int) -> Tensor:
     """True = keep. A stable full sort: of equal scores the earlier in row-major order is pruned."""
     order = torch.argsort(scores.detach().flatten(), stable=True)
-    keep = torch.ones(scores.numel(), dtype=torch.bool)
+    keep = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
     keep[order[:count]] = False
     return keep.reshape(scores.shape)
 
