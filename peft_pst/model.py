@@ -96,6 +96,13 @@ class PSTModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _warn_about_unmatched_patterns(self.peft_config[adapter_name], self.targeted_module_names)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT puts new parameters in the place of half-precision ones, and forgets which of them were frozen.
+        trains = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trains[name])
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # Without this method PEFT would ignore `model(x, adapter_names=[...])` silently.
