@@ -334,6 +334,19 @@ def test_sparsity_moved_between_forward_and_backward(small: PSTLinear) -> None:
     assert torch.equal(small.pst_R["default"].grad, expected["R"])
 
 
+def test_nothing_of_the_layers_size_is_kept_for_backward() -> None:
+    layer = adapt(make_base("linear", 320, 640), initial_sparsity=0.9, r=1, score_rank=1)
+    kept: dict[int, Tensor] = {}
+    x = torch.randn(3, 640, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        layer(x)
+    frozen = layer.get_base_layer().weight.data_ptr()
+    assert frozen in kept
+    assert sum(tensor.nbytes for pointer, tensor in kept.items() if pointer != frozen) <= (
+        320 * 640 // 8 + x.nbytes + sum(tensor.nbytes for tensor in layer.get_factors("default").tensors)
+    )
+
+
 def test_factor_written_between_forward_and_backward_is_refused(small: PSTLinear) -> None:
     y = small(torch.randn(5, 20).double())
     with torch.no_grad():

@@ -31,6 +31,8 @@ any_scores = st.lists(st.floats(allow_nan=False, width=16), min_size=1, max_size
         (3, 1 / 3, 1),
         (7, 0.5, 3),
         (10, 0.99, 9),
+        (10**6, 1e-6, 1),
+        (10**9, 3e-6, 3000),
         (1, 0.999, 0),
         (0, 0.5, 0),
         (5, 0.0, 0),
@@ -48,7 +50,7 @@ def test_num_pruned_is_the_floor_of_the_decimal_that_was_written(numel: int, mil
     assert num_pruned(numel, sparsity) == math.floor(numel * Fraction(str(sparsity)))
 
 
-@given(denominator=st.integers(2, 10**4), multiple=st.integers(1, 10**4), data=st.data())
+@given(denominator=st.integers(2, 10**6), multiple=st.integers(1, 10**4), data=st.data())
 def test_num_pruned_of_a_fraction(denominator: int, multiple: int, data: st.DataObject) -> None:
     numerator = data.draw(st.integers(0, denominator - 1))
     assert num_pruned(denominator * multiple, numerator / denominator) == numerator * multiple

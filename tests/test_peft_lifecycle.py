@@ -346,6 +346,14 @@ def test_only_the_adapter_trains() -> None:
     assert trainable == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_that_is_not_active_does_not_train(dtype: torch.dtype) -> None:
+    model = get_peft_model(net(dtype), PSTConfig())
+    model.add_adapter("other", PSTConfig(target_modules="all-linear"))
+    trainable = {name.rsplit(".", 1)[1] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {"default"}
+
+
 def test_trainable_count_of_bert_base() -> None:
     with torch.device("meta"):
         model = get_peft_model(BertModel(BertConfig()), PSTConfig(r=8, score_rank=8))
@@ -479,8 +487,9 @@ def test_hooks_on_the_base_layer_are_reported() -> None:
 # Saving and loading
 
 
-def test_save_and_load(tmp_path: Path) -> None:
-    model = pruned_net()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_save_and_load(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = pruned_net(dtype)
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     config = PeftConfig.from_pretrained(tmp_path)
@@ -488,7 +497,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert (config.r, config.score_rank, config.target_sparsity, config.peft_type) == (2, 3, 0.6, "PST")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # missing or unexpected keys would warn
-        loaded = PeftModel.from_pretrained(net(), tmp_path)
+        loaded = PeftModel.from_pretrained(net(dtype), tmp_path)
     assert_same_tensors(get_peft_model_state_dict(loaded), get_peft_model_state_dict(model))
     assert torch.equal(outputs(loaded), outputs(model))
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
