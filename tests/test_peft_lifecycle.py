@@ -11,7 +11,8 @@ import pickle
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import oracle
@@ -45,6 +46,7 @@ from transformers import (
     GPT2Model,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 import peft_pst
 from peft_pst import PSTConfig, PSTLayer, PSTModel, get_sparsity, update_sparsity
@@ -685,6 +687,16 @@ def test_merge_and_unmerge_bit_for_bit(make: Callable[[], nn.Module], dtype: tor
     assert torch.equal(output(model), expected)
 
 
+@pytest.mark.parametrize("base", [nn.Linear(200, 300), Conv1D(300, 200)], ids=["linear", "conv1d"])
+def test_merging_adds_up_in_the_same_order(base: nn.Module) -> None:
+    """Of a size at which the sums depend on how the weight lies in memory."""
+    nn.init.normal_(base.weight)
+    model = train_a_little(get_peft_model(nn.Sequential(copy.deepcopy(base)), PSTConfig(target_modules=["0"]))).eval()
+    x = torch.randn(7, 200)
+    expected = outputs(model, x)
+    assert torch.equal(outputs(model.merge_and_unload(), x), expected)
+
+
 @pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2])
 def test_merge_and_unload(make: Callable[[], PreTrainedModel]) -> None:
     plain = {name: type(module) for name, module in make().named_modules()}
@@ -818,6 +830,15 @@ def test_safe_merge_refuses_broken_adapters(name: str, bad: float, step: int) ->
     assert not model.base_model.model.layers[1].down.merged
     assert_same_tensors(snapshot(model), before)
     with pytest.raises(ValueError, match=message):
+        model.merge_and_unload(safe_merge=True)
+
+
+def test_safe_merge_refuses_what_overflows_in_the_bases_dtype() -> None:
+    model = pruned_net(torch.float16)
+    with torch.no_grad():
+        model.base_model.model.layers[1].down.pst_V["default"].mul_(1e6)
+    assert model.base_model.model.layers[1].down.get_scores("default").isfinite().all()
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         model.merge_and_unload(safe_merge=True)
 
 
@@ -1194,36 +1215,36 @@ def test_a_deep_copy_of_a_merged_model_unmerges() -> None:
 
 
 @pytest.fixture
-def rankings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Counts of every selection that is made."""
-    counts: list[int] = []
-    original = peft_pst.layer.select_mask
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often a mask was selected, and how often a masked weight was made."""
+    counter: Counter[str] = Counter()
 
-    def counting(scores: Tensor, count: int) -> Tensor:
-        counts.append(count)
-        return original(scores, count)
+    def count(name: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counting(*arguments: object) -> Tensor:
+            counter[name] += 1
+            return original(*arguments)
 
-    monkeypatch.setattr(peft_pst.layer, "select_mask", counting)
-    return iter([counts])
+        return counting
+
+    for name in ("select_mask", "effective_weight"):
+        monkeypatch.setattr(peft_pst.layer, name, count(name, getattr(peft_pst.layer, name)))
+    return counter
 
 
-def test_evaluation_ranks_once(rankings: Iterator[list[int]]) -> None:
-    counts = next(rankings)
+def test_evaluation_ranks_once(calls: Counter[str]) -> None:
     model = pruned_net()
     for _ in range(3):
         outputs(model)
-    assert len(counts) == 4  # one for each layer
+    assert calls == {"select_mask": 4, "effective_weight": 4}  # one for each layer
     model.train()
     model.eval()
     outputs(model)
-    assert len(counts) == 4
     model.merge_adapter()
     outputs(model)
-    assert len(counts) == 4
+    assert calls["select_mask"] == 4
 
 
-def test_training_ranks_once_a_step(rankings: Iterator[list[int]]) -> None:
-    counts = next(rankings)
+def test_training_ranks_once_a_step(calls: Counter[str]) -> None:
     model = get_peft_model(net(), PSTConfig(total_steps=10)).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for step in range(1, 4):
@@ -1231,7 +1252,7 @@ def test_training_ranks_once_a_step(rankings: Iterator[list[int]]) -> None:
             model(inputs()).sum().backward()
         optimizer.step()
         model.update_sparsity(step)
-        assert len(counts) == 4 * step
+        assert calls["select_mask"] == 4 * step
 
 
 def test_dropped_models_are_freed() -> None:
