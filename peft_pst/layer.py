@@ -412,6 +412,15 @@ def _features(base: Any) -> tuple[int, int]:
     return base.in_features, base.out_features
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map of its own, and not a store of weights that its parent reads past any adapter.
+
+    The latter is the output projection of `nn.MultiheadAttention`, which has a class of its own.
+    """
+    stored = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return isinstance(module, (nn.Linear, Conv1D)) and not stored
+
+
 def supports(base: Any) -> bool:
     """Whether a layer can be adapted: a linear map whose weight is stored as real numbers, not quantised."""
-    return isinstance(base, (nn.Linear, Conv1D)) and base.weight.dtype.is_floating_point
+    return is_linear(base) and base.weight.dtype.is_floating_point

@@ -123,7 +123,8 @@ def _check_supported(target: nn.Module, name: str) -> None:
     if not supports(target):
         raise ValueError(
             f"Target module {name} ({type(target).__name__}) is not supported. PST adapts torch.nn.Linear and "
-            "transformers' Conv1D with floating-point weights; take it out of target_modules or dequantise it."
+            "transformers' Conv1D with floating-point weights, except inside torch.nn.MultiheadAttention; take it out "
+            "of target_modules or dequantise it."
         )
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+
+from .layer import is_linear
 
 
 def find_block_linears(model: nn.Module) -> list[str]:
@@ -39,7 +40,7 @@ def find_block_linears(model: nn.Module) -> list[str]:
     for name, module in _without_adapter_internals(model):
         # The outermost block: experts are blocks within blocks, and belong to the layer that holds them.
         block = min((block for block in blocks if name.startswith(block)), key=len, default=None)
-        if block is not None and isinstance(_base_of(module), (nn.Linear, Conv1D)):
+        if block is not None and is_linear(_base_of(module)):
             inside[name] = name.removeprefix(block)
         else:
             outside.append(name)
