@@ -431,6 +431,18 @@ def test_unsupported_modules_are_refused(target: str, match: str) -> None:
         get_peft_model(model, PSTConfig(target_modules=[target]))
 
 
+def test_the_projection_that_attention_reads_without_calling_is_left_alone() -> None:
+    """An adapter on it would train, save and merge, and do nothing in between."""
+    block = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    model = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+    adapted = get_peft_model(copy.deepcopy(model), PSTConfig())
+    assert adapted.peft_config["default"].target_modules == {"linear1", "linear2"}
+    with pytest.raises(
+        ValueError, match=r"self_attn\.out_proj.*not supported.*except inside torch\.nn\.MultiheadAttent"
+    ):
+        get_peft_model(model, PSTConfig(target_modules=["out_proj"]))
+
+
 def test_unknown_target_modules_are_refused() -> None:
     with pytest.raises(ValueError, match="nowhere"):
         get_peft_model(net(), PSTConfig(target_modules=["nowhere"]))
