@@ -277,6 +277,13 @@ def test_optimizer_that_chooses_its_own_parameters(
     assert trainer.create_optimizer().param_groups[0]["params"] == chosen[0]["params"]
 
 
+def test_accumulation_leaves_the_loss_as_it_is(bert: str, reviews: str, tmp_path: Path) -> None:
+    # With a new head on two labels the loss starts at log 2; times the accumulation steps it would be far from it.
+    arguments = ["--max_steps", "1", "--gradient_accumulation_steps", "3", "--per_device_train_batch_size", "2"]
+    trainer = make_trainer(bert, reviews, tmp_path, *arguments)
+    assert trainer.train().training_loss == pytest.approx(math.log(2), abs=0.1)
+
+
 def test_reporting_integrations_see_the_sparsity(
     bert: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

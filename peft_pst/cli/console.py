@@ -18,13 +18,15 @@ def say(*lines: str) -> None:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Show a warning as what it says; file and line of the code that raised it mean nothing at the command line."""
+    """Show a warning as what it says, without the line of code; leave out what libraries tell each other's authors."""
 
     def one_line(message: Warning | str, *_: Any, **__: Any) -> str:
         return f"warning: {message}\n"
 
     before, warnings.formatwarning = warnings.formatwarning, one_line
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         warnings.formatwarning = before

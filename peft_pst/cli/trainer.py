@@ -33,6 +33,10 @@ class PSTTrainer(Trainer):
         self.labels = labels
         callback = PSTCallback(best_at_target=run.best_at_target)
         super().__init__(callbacks=[callback], **kwargs)
+        if labels:
+            # Many classifiers accept the number of items in a batch and do not use it. The Trainer takes them by their
+            # word, and their loss and gradients would grow with accumulation steps and processes.
+            self.model_accepts_loss_kwargs = False
         # The Trainer calls its reporting integrations first, but they are to see the sparsity that ours logs.
         callbacks = self.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
