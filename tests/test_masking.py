@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import oracle
@@ -126,7 +127,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
     [lambda s: s.T, lambda s: s[:, ::2], lambda s: s[1:, 3:], lambda s: s[:1].expand(4, -1)],
     ids=["transposed", "strided", "offset", "expanded"],
 )
-def test_select_mask_of_views_goes_by_row_major_position(view) -> None:
+def test_select_mask_of_views_goes_by_row_major_position(view: Callable[[Tensor], Tensor]) -> None:
     scores = view(torch.randint(0, 4, (6, 9), generator=torch.Generator().manual_seed(0)).float())
     for count in range(scores.numel() + 1):
         assert torch.equal(select_mask(scores, count), oracle.mask(scores, count))
