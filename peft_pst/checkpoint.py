@@ -66,6 +66,15 @@ def floating_tensors(files: Iterable[Path]) -> Iterator[StoredTensor]:
 
     Raises:
         ValueError: if a file is damaged.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> from safetensors.torch import save_file
+        >>> with TemporaryDirectory() as folder:
+        ...     save_file({"up.weight": torch.ones(4, 8), "ids": torch.arange(3)}, f"{folder}/model.safetensors")
+        ...     [(stored.key, stored.shape) for stored in floating_tensors(checkpoint_files(folder))]
+        [('up.weight', (4, 8))]
     """
     for file in files:
         try:

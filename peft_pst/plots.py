@@ -66,6 +66,13 @@ def plot_layer_sparsity(report: SparsityReport, path: str | Path) -> Path:
     Raises:
         ValueError: if the report has no layers.
         ImportError: if matplotlib is missing.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> layer = LayerSparsity("layers.0.up", (4, 8), zeros=24, promised=24, target_sparsity=0.75)
+        >>> with TemporaryDirectory() as folder:
+        ...     plot_layer_sparsity(SparsityReport("tiny", (layer,)), f"{folder}/layers.png").name
+        'layers.png'
     """
     if not report.layers:
         raise ValueError(f"The report on {report.source} has no layers, so there is nothing to draw.")
@@ -91,6 +98,12 @@ def plot_kept_weights(mask: Tensor, path: str | Path, *, title: str = "Kept weig
     Raises:
         ValueError: if `mask` is not a matrix with at least one entry.
         ImportError: if matplotlib is missing.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     plot_kept_weights(torch.eye(8, dtype=torch.bool), f"{folder}/eye.png").name
+        'eye.png'
     """
     if mask.ndim != 2 or not mask.numel():
         raise ValueError(f"mask has the shape {tuple(mask.shape)}; pass a matrix (out_features, in_features).")
@@ -115,6 +128,13 @@ def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | Path) ->
     Raises:
         ValueError: if no entry has a loss, a metric or a sparsity.
         ImportError: if matplotlib is missing.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> history = [{"step": step, "loss": 1 / step, "sparsity": 0.1 * step} for step in (1, 2, 3)]
+        >>> with TemporaryDirectory() as folder:
+        ...     plot_training(history, f"{folder}/training.png").name
+        'training.png'
     """
     panels = [panel for panel in _training_panels(log_history) if any(series for series in panel[1].values())]
     if not panels:
@@ -295,7 +315,7 @@ def _draw_kept(kept: Tensor) -> Figure:
     tile = (-(-rows // _MOST_CELLS), -(-columns // _MOST_CELLS))
     shares = _tile_means(kept, tile)
     # Stretched where it must be, so that a 1 x 4,096 matrix is more than a hairline.
-    left, bottom, width, marginal = 0.85, 0.95, 5.9, 0.75
+    left, bottom, width, marginal = 0.85, 0.95 if max(tile) > 1 else 0.6, 5.9, 0.75
     height = width * min(max(rows / columns, 0.4), 1.1)
     figure = _new_figure(0.75 + marginal + 0.1 + height + bottom)
     image = _place(figure, left, bottom, width, height)
@@ -363,7 +383,7 @@ def _draw_marginal(axes: Axes, share: Tensor, kept: Tensor, *, upright: bool) ->
 
 Series = dict[str, list[tuple[int, float]]]
 
-_NOT_METRICS = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+_NOT_METRICS = ("eval_loss", "_runtime", "_per_second", "_preparation_time")
 
 
 def _training_panels(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Series]]:
@@ -376,7 +396,7 @@ def _training_panels(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[str
         key
         for entry in log_history
         for key, value in entry.items()
-        if key.startswith("eval_") and key not in _NOT_METRICS and isinstance(value, (int, float))
+        if key.startswith("eval_") and not key.endswith(_NOT_METRICS) and isinstance(value, (int, float))
     )
     return [
         ("loss", {"training": series("loss"), "evaluation": series("eval_loss")}),

@@ -260,6 +260,15 @@ def report_checkpoint(path: str | Path, *, progressbar: bool = False) -> Sparsit
     Raises:
         FileNotFoundError: if there are no safetensors files, or a shard is missing.
         ValueError: if a file is damaged, or the promises belong to another checkpoint.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from safetensors.torch import save_file
+        >>> with TemporaryDirectory() as folder:
+        ...     save_file({"layers.0.up.weight": torch.eye(4)}, f"{folder}/model.safetensors")
+        ...     report = report_checkpoint(folder)
+        >>> report.layers[0].name, report.layers[0].zeros, report.sparsity
+        ('layers.0.up', 12, 0.75)
     """
     files = checkpoint_files(path)
     promise_file = files[0].parent / REPORT_NAME

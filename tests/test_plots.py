@@ -136,7 +136,7 @@ def make_history(steps=200, evaluated=True):
         sparsity = cubic_sparsity(step, steps, target_sparsity=0.9)
         history.append({"loss": math.exp(-step / 100), "learning_rate": 1e-3, "step": step, "sparsity": sparsity})
         if evaluated and step % 50 == 0:
-            metrics = {"eval_loss": 0.4, "eval_accuracy": step / 400, "eval_runtime": 1.5}
+            metrics = {"eval_loss": 0.4, "eval_accuracy": step / 400, "eval_runtime": 1.5, "eval_steps_per_second": 2.0}
             history.append({**metrics, "step": step, "sparsity": sparsity})
     return [*history, {"train_loss": 0.3, "train_runtime": 9.0, "step": steps}]
 

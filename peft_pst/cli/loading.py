@@ -7,8 +7,6 @@ import importlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,12 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..config import PSTConfig, PSTPeftType
-from .errors import UserError
+from .console import quiet_transformers
+from .errors import UserError, said_in_one_line
 
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -30,18 +29,6 @@ AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-
-# What transformers, safetensors and the JSON reader raise for files that are missing, damaged or of another kind.
-_LOADING_ERRORS = (
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    TypeError,
-    ValueError,
-)
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -71,13 +58,13 @@ def load_adapted_model(
     config = read_adapter_config(adapter)
     saved = read_shapes(adapter / SAFETENSORS_WEIGHTS_NAME)
     base_name = _base_name(adapter, config, base_model)
-    with _said_in_one_line(f"base model {base_name!r} could not be loaded"):
+    with said_in_one_line(f"base model {base_name!r} could not be loaded"):
         base_config = AutoConfig.from_pretrained(base_name, revision=config.revision)
         model_class = _model_class(adapter, config, base_config)
         _adopt_num_labels(model_class, base_config, saved)
     _check_fit(_skeleton(model_class, base_config), adapter, saved, base_name)
     base = _load_base(model_class, base_config, base_name, dtype, config.revision, saved)
-    with _said_in_one_line(f"adapter {str(adapter)!r} could not be loaded on {base_name!r}"), _quiet_transformers():
+    with said_in_one_line(f"adapter {str(adapter)!r} could not be loaded on {base_name!r}"), quiet_transformers():
         return PeftModel.from_pretrained(base, str(adapter), torch_device="cpu").eval()
 
 
@@ -97,12 +84,12 @@ def read_adapter_config(adapter: str | Path) -> PSTConfig:
         raise UserError(f"adapter {str(adapter)!r} is not a folder; pass the folder that save_pretrained() wrote.")
     if not is_adapter(adapter):
         raise UserError(f"{str(adapter)!r} is not an adapter folder: it has no {CONFIG_NAME}{_nested(adapter)}.")
-    with _said_in_one_line(f"{str(adapter / CONFIG_NAME)!r} could not be read"):
+    with said_in_one_line(f"{str(adapter / CONFIG_NAME)!r} could not be read"):
         fields = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8"))
         peft_type = fields.get("peft_type") if isinstance(fields, dict) else None
     if peft_type != PSTPeftType.PST.value:
         raise UserError(f"{str(adapter)!r} holds an adapter of type {peft_type}; this command reads PST adapters only.")
-    with _said_in_one_line(f"{str(adapter / CONFIG_NAME)!r} is not a valid PST configuration"):
+    with said_in_one_line(f"{str(adapter / CONFIG_NAME)!r} is not a valid PST configuration"):
         return PeftConfig.from_pretrained(str(adapter))
 
 
@@ -116,7 +103,7 @@ def read_shapes(file: Path) -> Shapes:
         raise UserError(
             f"{str(file.parent)!r} has no {file.name}; the weights must be in safetensors, never in pickle."
         )
-    with _said_in_one_line(f"{str(file)!r} is damaged"), safe_open(file, framework="pt") as tensors:
+    with said_in_one_line(f"{str(file)!r} is damaged"), safe_open(file, framework="pt") as tensors:
         return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
@@ -189,8 +176,8 @@ def _adopt_num_labels(model_class: type[PreTrainedModel], config: PretrainedConf
 
 def _check_fit(skeleton: PreTrainedModel, adapter: Path, saved: Shapes, base_name: str) -> None:
     """Compare every tensor of the adapter with the one that its configuration makes on this base."""
-    said = _said_in_one_line(f"adapter {str(adapter)!r} does not fit base model {base_name!r}")
-    with said, _quiet_transformers(), torch.device("meta"):
+    said = said_in_one_line(f"adapter {str(adapter)!r} does not fit base model {base_name!r}")
+    with said, quiet_transformers(), torch.device("meta"):
         config = read_adapter_config(adapter)
         config.base_model_name_or_path = skeleton.name_or_path
         adapted = get_peft_model(skeleton, config)
@@ -224,7 +211,7 @@ def _load_base(
     saved: Shapes,
 ) -> PreTrainedModel:
     """The base with its weights; a head of another size is left to the adapter, which brings its own."""
-    with _said_in_one_line(f"base model {name!r} could not be loaded"), _quiet_transformers():
+    with said_in_one_line(f"base model {name!r} could not be loaded"), quiet_transformers():
         loaded: Any = model_class.from_pretrained(
             name,
             config=config,
@@ -247,28 +234,3 @@ def _load_base(
             stacklevel=3,
         )
     return base
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers from calling a head untrained that the adapter brings, and an interface old that PEFT uses."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers.logging.set_verbosity(before)
-
-
-@contextmanager
-def _said_in_one_line(what: str) -> Iterator[None]:
-    try:
-        yield
-    except _LOADING_ERRORS as error:
-        raise UserError(f"{what}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
