@@ -145,7 +145,13 @@ class Experiment:
 
     def fine_tune_with_pst(self) -> Outcome:
         """Train a PST adapter and the head, while the sparsity rises to its target; save the adapter."""
-        config = PSTConfig(task_type="SEQ_CLS", target_sparsity=self.settings.target_sparsity)
+        config = PSTConfig(
+            task_type="SEQ_CLS",
+            target_sparsity=self.settings.target_sparsity,
+            # So few steps are better spent on recovering than on waiting.
+            warmup_ratio=0.0,
+            cooldown_ratio=0.5,
+        )
         model = get_peft_model(self._fresh_model(), config)
         optimizer = create_pst_optimizer(model, AdamW, lr=self.settings.pst_lr, head_lr=self.settings.pst_head_lr)
         title = f"2/3 PST to {100 * self.settings.target_sparsity:g} % zeros"
