@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
@@ -20,10 +21,11 @@ from transformers import AutoTokenizer, TrainerCallback
 import peft_pst.cli
 from peft_pst import PSTCallback, PSTConfig
 from peft_pst.cli.classification import prepare_classification
+from peft_pst.cli.data import read_text_data
 from peft_pst.cli.errors import UserError
 from peft_pst.cli.labels import Labels
 from peft_pst.cli.language import prepare_language_modelling
-from peft_pst.cli.options import parse, pst_fields
+from peft_pst.cli.options import DataOptions, parse, pst_fields
 from peft_pst.cli.train import _make_trainer, add_adapter
 from peft_pst.masking import num_pruned
 
@@ -106,6 +108,7 @@ def test_classification_from_csv(bert: str, reviews: str, tmp_path: Path, capsys
         "training.png",
     }
     assert read_json(output / "trainer_state.json")["log_history"][-1]["sparsity"] == round(report["sparsity"], 6)
+    assert [file.suffix for file in output.iterdir() if file.suffix in (".bin", ".pt", ".pkl")] == []
     printed = capsys.readouterr().out
     assert f"peft-pst merge {output} {output}-merged" in printed
     assert "2 labels: neg, pos" in printed
@@ -153,6 +156,50 @@ def test_cola_has_no_header_and_is_scored_by_matthews(bert: str, tmp_path: Path)
     results = read_json(output / "eval_results.json")
     assert results["eval_samples"] == len(ROWS)
     assert results["eval_matthews_correlation"] == pytest.approx(matthews_corrcoef([g for _, g in ROWS], predictions))
+
+
+def test_glue_files_with_names_as_labels(bert: str, tmp_path: Path) -> None:
+    file = tmp_path / "train.tsv"
+    lines = [f"{i}\t{text}\ta film\t{'not_' * bad}entailment" for i, (text, bad) in enumerate(ROWS)]
+    lines.append("18\tan incomplete row")  # QQP has some
+    file.write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *lines]) + "\n", encoding="utf-8")
+    data = read_text_data(DataOptions(task_name="rte", train_file=str(file)))
+    assert data.labels.names == ("entailment", "not_entailment")
+    assert data.train.labels == [int(bad) for _, bad in ROWS]
+    assert data.train.pairs == ["a film"] * len(ROWS)
+    assert data.notes == [f"{file}: 1 incomplete rows were left out."]
+
+
+def test_stsb_without_a_header(tmp_path: Path) -> None:
+    file = tmp_path / "sts-test.csv"  # GLUE's name for it, though there are tabs in it
+    file.write_text("news\tMSR\t2012\t1\t2.500\ta, b\tc\n", encoding="utf-8")
+    data = read_text_data(DataOptions(task_name="stsb", train_file=str(file)))
+    assert (data.train.texts, data.train.pairs, data.train.labels) == (["a, b"], ["c"], [2.5])
+
+
+def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = datasets.ClassLabel(names=["unacceptable", "acceptable"])
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": names})
+
+    def split(labels: list[int]) -> datasets.Dataset:
+        return datasets.Dataset.from_dict({"sentence": ["a"] * len(labels), "label": labels}, features=features)
+
+    asked = []
+
+    def load_dataset(*arguments: str | None) -> datasets.DatasetDict:
+        asked.append(arguments)
+        return datasets.DatasetDict(train=split([1, 0]), validation=split([1]), test=split([-1, -1]))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for options in (DataOptions(task_name="cola"), DataOptions(dataset_name="me/mine", dataset_config_name="small")):
+        data = read_text_data(options)
+        assert data.validation is not None
+        assert data.test is not None
+        assert data.train.labels is not None
+        assert [data.labels.names[i] for i in data.train.labels] == ["acceptable", "unacceptable"]
+        assert [data.labels.names[i] for i in data.validation.labels or []] == ["acceptable"]
+        assert data.test.labels is None  # withheld
+    assert asked == [("nyu-mll/glue", "cola"), ("me/mine", "small")]
 
 
 def test_regression_is_recognised(bert: str, tmp_path: Path) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,7 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .errors import UserError
+from .console import quiet_transformers
+from .errors import UserError, said_in_one_line
 from .labels import Labels
 from .options import ModelOptions
 
@@ -52,7 +50,7 @@ def load_base(options: ModelOptions, labels: Labels | None) -> Base:
     name = options.model_name_or_path
     auto_class: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
     tokenizer = load_tokenizer(options.tokenizer_name or name, _revision(options))
-    with _said_in_one_line(f"model {name!r}"), _quiet_about_new_heads():
+    with said_in_one_line(f"model {name!r} could not be loaded"), quiet_transformers():
         config = AutoConfig.from_pretrained(name, revision=_revision(options))
         if labels is not None:
             labels.apply(config)
@@ -79,7 +77,7 @@ def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase
     Raises:
         UserError: if there is none. Where its files are missing, transformers makes one that knows no words.
     """
-    with _said_in_one_line(f"the tokenizer of {name!r}"):
+    with said_in_one_line(f"the tokenizer of {name!r} could not be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise UserError(f"{name!r} has no tokenizer files; save the tokenizer beside the model.")
@@ -141,23 +139,3 @@ def _max_positions(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase)
     # A tokenizer that knows no limit says 10^30. Where it knows one (RoBERTa: 512 of 514), it is the exact one.
     limits = [limit for limit in (positions, tokenizer.model_max_length) if limit is not None and limit < 10**9]
     return min(limits, default=None)
-
-
-@contextmanager
-def _quiet_about_new_heads() -> Iterator[None]:
-    """Keep transformers from telling the user to train the head, which is what is about to happen."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
-
-
-@contextmanager
-def _said_in_one_line(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{what} could not be loaded: {first}") from error

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import transformers
 from accelerate import PartialState
 
 
@@ -30,3 +31,16 @@ def plain_warnings() -> Iterator[None]:
             yield
     finally:
         warnings.formatwarning = before
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from calling a head untrained that is about to be trained, or that the adapter brings."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # on an interface that PEFT uses
+            yield
+    finally:
+        transformers.logging.set_verbosity(before)

@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
+
+from safetensors import SafetensorError
+
+# What transformers, safetensors and the JSON reader raise for files that are missing, damaged or of another kind.
+_LOADING_ERRORS = (
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 
 
 class UserError(Exception):
@@ -21,3 +37,13 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name != module.split(".")[0]:
             raise
         raise UserError(f"this needs the package {error.name!r}; run: pip install 'peft-pst[{extra}]'") from error
+
+
+@contextmanager
+def said_in_one_line(what: str) -> Iterator[None]:
+    """Turn what libraries raise while loading into a `UserError`: what could not be done, and the first line of why."""
+    try:
+        yield
+    except _LOADING_ERRORS as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"{what}: {first}") from error

@@ -65,6 +65,8 @@ def _run(options: TrainOptions) -> None:
     if trainer.is_world_process_zero():
         print_text("\n" + _write_report(trainer, options.output_dir).to_table())
         say("", *_farewell(options.output_dir))
+    if options.training.push_to_hub:
+        trainer.push_to_hub(commit_message="End of training")
 
 
 # Before training

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.training_args import OptimizerNames
 
 from ..callback import PSTCallback
@@ -66,10 +67,16 @@ class PSTTrainer(Trainer):
         return super().create_optimizer(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter, the tokenizer and the labels."""
+        """Save the adapter, the tokenizer, the labels, and the Trainer's options as JSON."""
         super().save_model(output_dir, _internal_call)
-        if self.labels and self.args.should_save:
-            self.labels.save(str(output_dir or self.args.output_dir))
+        folder = Path(str(output_dir or self.args.output_dir))
+        if not self.args.should_save:
+            return
+        # The Trainer pickles its options, which nothing reads and no one should have to trust.
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        (folder / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+        if self.labels:
+            self.labels.save(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card that says how to load the adapter; the Trainer calls this when it pushes to the hub."""
