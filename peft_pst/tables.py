@@ -121,7 +121,7 @@ def _model_remarks(report: SparsityReport) -> Iterator[tuple[str, str]]:
         yield "Other matrices", f"{len(report.others):,}, with {zeros:,} zeros in {weights:,} weights"
     if total:
         zeros = report.zeros + _sum(report.others)[0]
-        yield "Whole model", f"{total:,} parameters, {100 * zeros / total:.2f} % of them zeros of these matrices"
+        yield "Whole model", f"{total:,} parameters, of which {100 * zeros / total:.2f} % are zeros in these matrices"
     if total and trained is not None:
         yield "Trained", f"{trained:,} parameters, which is {100 * trained / total:.2f} % of the model's number"
 

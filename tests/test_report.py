@@ -322,7 +322,7 @@ def test_a_table_is_aligned_and_groups_large_models():
     assert "27,000" in grouped[-1]
     assert len(report.to_table(show_all=True).splitlines()) == len(lines) + 298
     assert len(SparsityReport("small", rows(8)).to_table().splitlines()) == 2 + 16 + 4 + 2
-    assert "45.00 % of them zeros" in report.to_table()
+    assert "of which 45.00 % are zeros in these matrices" in report.to_table()
     assert "1.00 % of the model's number" in report.to_table()
 
 
