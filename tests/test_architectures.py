@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -234,6 +234,23 @@ def test_a_second_adapter_finds_the_same_targets(name: str) -> None:
     model = get_peft_model(make(name), PSTConfig())
     before = find_block_linears(make(name))
     assert find_block_linears(model.base_model.model) == before
+
+
+def dense_block() -> nn.ModuleDict:
+    return nn.ModuleDict({"dense": nn.Linear(4, 4)})
+
+
+def test_a_pooler_of_the_same_name_is_left_alone() -> None:
+    model = nn.ModuleDict({"layer": nn.ModuleList([dense_block(), dense_block()]), "pooler": dense_block()})
+    assert find_block_linears(model) == ["layer.0.dense", "layer.1.dense"]
+    assert adapted_names(get_peft_model(model, PSTConfig())) == {"layer.0.dense", "layer.1.dense"}
+
+
+def test_experts_belong_to_the_block_that_holds_them() -> None:
+    block = nn.ModuleDict({"experts": nn.ModuleList([dense_block(), dense_block()]), "router": nn.Linear(4, 2)})
+    model = nn.ModuleDict({"layers": nn.ModuleList([block]), "head": nn.Linear(4, 2)})
+    expected = {"layers.0.experts.0.dense", "layers.0.experts.1.dense", "layers.0.router"}
+    assert adapted_names(get_peft_model(model, PSTConfig())) == expected
 
 
 def batch(name: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import warnings
 from collections.abc import Callable
@@ -339,12 +340,15 @@ def test_nothing_of_the_layers_size_is_kept_for_backward() -> None:
     kept: dict[int, Tensor] = {}
     x = torch.randn(3, 640, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
-        layer(x)
+        y = layer(x)
     frozen = layer.get_base_layer().weight.data_ptr()
     assert frozen in kept
     assert sum(tensor.nbytes for pointer, tensor in kept.items() if pointer != frozen) <= (
         320 * 640 // 8 + x.nbytes + sum(tensor.nbytes for tensor in layer.get_factors("default").tensors)
     )
+    alive = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and thing.shape == (320, 640)]
+    assert y.requires_grad
+    assert {tensor.data_ptr() for tensor in alive} == {frozen}
 
 
 def test_factor_written_between_forward_and_backward_is_refused(small: PSTLinear) -> None:
