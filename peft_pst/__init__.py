@@ -7,6 +7,7 @@ from .config import PSTConfig
 from .layer import PSTLayer
 from .model import PSTModel, get_sparsity, update_sparsity
 from .optimizer import create_pst_optimizer, parameter_groups
+from .report import SparsityReport, report_checkpoint, report_model
 from .schedule import cubic_sparsity
 
 _register()
@@ -17,10 +18,13 @@ __all__ = [
     "PSTConfig",
     "PSTLayer",
     "PSTModel",
+    "SparsityReport",
     "__version__",
     "create_pst_optimizer",
     "cubic_sparsity",
     "get_sparsity",
     "parameter_groups",
+    "report_checkpoint",
+    "report_model",
     "update_sparsity",
 ]
