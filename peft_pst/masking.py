@@ -71,36 +71,31 @@ def select_mask(scores: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     flat = scores.detach().reshape(-1)
-    threshold = _kth_smallest(flat, count)
-    mask = flat > threshold
-    kept = flat.numel() - count
-    if flat.device.type == "cpu":
-        missing = kept - int(torch.count_nonzero(mask))
-        if missing:
-            mask[_last_ties(flat, threshold, missing)] = True
-    else:
-        # Looking for ties always costs one scan; asking whether there are any would stall the stream.
-        ties = flat == threshold
-        position = ties.cumsum(0)
-        mask |= ties & (position > position[-1] - (kept - mask.sum()))
-    return mask.reshape(scores.shape)
+    select = _select_on_cpu if flat.device.type == "cpu" else _select_on_device
+    return select(flat, count).reshape(scores.shape)
 
 
-def _kth_smallest(flat: Tensor, k: int) -> Tensor:
-    """The k-th smallest value (k from 1) as a 0-d tensor; NaN counts as largest."""
+def _select_on_cpu(flat: Tensor, count: int) -> Tensor:
     # A copy, because partitioning reorders in place; half precisions, which NumPy lacks, widen without rounding.
     work = flat.to(torch.float32, copy=True) if flat.element_size() < 4 else flat.clone()
-    if flat.device.type != "cpu":
-        return work.kthvalue(k).values
-    work.numpy().partition(k - 1)
-    if work[k - 1 :].isnan().any():  # NumPy puts NaN last
+    work.numpy().partition(count - 1)
+    if work[count - 1 :].isnan().any():  # NumPy puts NaN last
         raise ValueError(NAN_MESSAGE)
-    return work[k - 1]
+    threshold = work[count - 1]
+    mask = flat > threshold
+    missing = flat.numel() - count - int(torch.count_nonzero(mask))
+    if missing:
+        mask[(flat == threshold).nonzero().squeeze(1)[-missing:]] = True
+    return mask
 
 
-def _last_ties(flat: Tensor, threshold: Tensor, number: int) -> Tensor:
-    """Positions of the last `number` entries that equal the threshold."""
-    return (flat == threshold).nonzero().squeeze(1)[-number:]
+def _select_on_device(flat: Tensor, count: int) -> Tensor:
+    """The same without a word to the host: looking for ties costs a scan, asking whether there are any a stall."""
+    threshold = flat.float().kthvalue(count).values if flat.element_size() < 4 else flat.kthvalue(count).values
+    mask = flat > threshold
+    ties = flat == threshold
+    position = ties.cumsum(0)
+    return mask | (ties & (position > position[-1] - (flat.numel() - count - mask.sum())))
 
 
 def topk_mask(scores: Tensor, sparsity: float) -> Tensor:
