@@ -471,6 +471,11 @@ def refused(capsys: pytest.CaptureFixture[str], status: int, output: Path) -> st
         (["--train_file", "{csv}", "--resume_from_checkpoint", "{folder}"], "is not a checkpoint of an adapter"),
         (["--train_file", "{csv}", "--model_name_or_path", "{folder}"], "could not be loaded:"),
         (
+            ["--train_file", "{csv}", "--model_name_or_path", "./absent"],
+            "--model_name_or_path ./absent is not a folder",
+        ),
+        (["--train_file", "{csv}", "--verbosity", "9"], "--verbosity is not an option; see peft-pst train --help"),
+        (
             ["--train_file", "{csv}", "--load_best_model_at_end", "true", "--eval_steps", "2"],
             "--load_best_model_at_end",
         ),

@@ -18,6 +18,7 @@ from transformers import (
 from .console import quiet_transformers
 from .errors import UserError, said_in_one_line
 from .labels import Labels
+from .loading import is_missing_folder
 from .options import ModelOptions
 
 # PEFT trains and saves modules of these names of its own accord when task_type is SEQ_CLS.
@@ -48,10 +49,13 @@ def load_base(options: ModelOptions, labels: Labels | None) -> Base:
         UserError: if the model or its tokenizer cannot be loaded, lacks tensors of its blocks, or cannot pad.
     """
     name = options.model_name_or_path
+    if is_missing_folder(name):
+        raise UserError(f"--model_name_or_path {name} is not a folder.")
     auto_class: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    with said_in_one_line(f"model {name!r} could not be loaded"):
+        config = AutoConfig.from_pretrained(name, revision=_revision(options))
     tokenizer = load_tokenizer(options.tokenizer_name or name, _revision(options))
     with said_in_one_line(f"model {name!r} could not be loaded"), quiet_transformers():
-        config = AutoConfig.from_pretrained(name, revision=_revision(options))
         if labels is not None:
             labels.apply(config)
         model, info = auto_class.from_pretrained(

@@ -116,11 +116,22 @@ def _base_name(adapter: Path, config: PSTConfig, base_model: str | None) -> str:
     name = base_model or config.base_model_name_or_path
     if not name:
         raise UserError(f"adapter {str(adapter)!r} does not name its base model; pass --base_model FOLDER_OR_NAME.")
-    # A hub name has at most one slash; anything else is meant as a path, for which asking the hub would be misleading.
-    is_path = name.startswith(".") or os.path.isabs(name) or name.count("/") > 1
-    if is_path and not Path(name).is_dir():
+    if is_missing_folder(name):
         raise UserError(f"base model {name!r} is not a folder; pass --base_model FOLDER_OR_NAME.")
     return name
+
+
+def is_missing_folder(name: str) -> bool:
+    """Whether a model's name can only be meant as a path, and there is no such folder.
+
+    A name on the hub has at most one slash; for anything else, asking the hub would give a misleading answer.
+
+    Example:
+        >>> is_missing_folder("./absent"), is_missing_folder("google-bert/bert-base-uncased")
+        (True, False)
+    """
+    is_path = name.startswith(".") or os.path.isabs(name) or name.count("/") > 1
+    return is_path and not Path(name).is_dir()
 
 
 def _model_class(adapter: Path, config: PSTConfig, base_config: PretrainedConfig) -> type[PreTrainedModel]:

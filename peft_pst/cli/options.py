@@ -159,12 +159,14 @@ class Parser(HfArgumentParser):
     """An `HfArgumentParser` whose complaints are one line instead of the usage of two hundred options."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(f"{message}; see {self.prog} --help.")
 
     def refuse(self, unknown: str) -> NoReturn:
         """Complain about an argument that is none of the options."""
         close = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
-        raise UserError(f"{unknown} is not an option; " + (f"did you mean {close[0]}?" if close else "see --help."))
+        raise UserError(
+            f"{unknown} is not an option; " + (f"did you mean {close[0]}?" if close else f"see {self.prog} --help.")
+        )
 
 
 def parse(argv: Sequence[str]) -> TrainOptions:
