@@ -472,7 +472,7 @@ def refused(capsys: pytest.CaptureFixture[str], status: int, output: Path) -> st
         (["--train_file", "{csv}", "--model_name_or_path", "{folder}"], "could not be loaded:"),
         (
             ["--train_file", "{csv}", "--model_name_or_path", "./absent"],
-            "--model_name_or_path ./absent is not a folder",
+            "_path ./absent is not a folder",
         ),
         (["--train_file", "{csv}", "--verbosity", "9"], "--verbosity is not an option; see peft-pst train --help"),
         (

@@ -163,10 +163,9 @@ class Parser(HfArgumentParser):
 
     def refuse(self, unknown: str) -> NoReturn:
         """Complain about an argument that is none of the options."""
-        close = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
-        raise UserError(
-            f"{unknown} is not an option; " + (f"did you mean {close[0]}?" if close else f"see {self.prog} --help.")
-        )
+        close = difflib.get_close_matches(unknown, self._option_string_actions, n=1, cutoff=0.8)
+        hint = f"did you mean {close[0]}?" if close else f"see {self.prog} --help."
+        raise UserError(f"{unknown} is not an option; {hint}")
 
 
 def parse(argv: Sequence[str]) -> TrainOptions:
