@@ -25,7 +25,8 @@ from peft_pst.cli.data import read_text_data
 from peft_pst.cli.errors import UserError
 from peft_pst.cli.labels import Labels
 from peft_pst.cli.language import prepare_language_modelling
-from peft_pst.cli.options import DataOptions, parse, pst_fields
+from peft_pst.cli.options import DataOptions, parse
+from peft_pst.cli.pst_options import pst_fields
 from peft_pst.cli.train import _make_trainer, add_adapter
 from peft_pst.masking import num_pruned
 
@@ -407,6 +408,13 @@ def test_preset_is_the_papers_and_can_be_changed() -> None:
     required = ["--model_name_or_path", "m", "--output_dir", "o", "--preset", "paper"]
     assert parse(required).pst == PSTConfig.paper()
     assert parse([*required, "--target_sparsity", "0.5"]).pst == PSTConfig.paper(target_sparsity=0.5)
+
+
+def test_field_of_a_taken_name_gets_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = dataclasses.make_dataclass("Taken", [("beta", float)])
+    monkeypatch.setattr("peft_pst.cli.pst_options.TrainingArguments", taken)
+    options = parse(["--model_name_or_path", "m", "--output_dir", "o", "--pst_beta", "3"])
+    assert options.pst == PSTConfig(beta=3.0)
 
 
 def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
