@@ -568,6 +568,11 @@ def test_model_without_tokenizer(bert: str, reviews: str, tmp_path: Path, capsys
     assert "has no tokenizer files; save the tokenizer beside the model" in refused(capsys, status, output)
 
 
+def test_output_that_is_a_file(bert: str, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(bert, Path(reviews) / "inside", "--train_file", reviews) == 2
+    assert "reviews.csv' is not a folder; name one with --output_dir" in capsys.readouterr().err
+
+
 def test_folder_that_is_not_empty(bert: str, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work", encoding="utf-8")

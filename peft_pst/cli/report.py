@@ -39,13 +39,13 @@ def run(arguments: Sequence[str]) -> None:
     if not path.exists():
         raise UserError(f"{str(path)!r} does not exist; pass the folder of an adapter or of a checkpoint.")
     output = Path(options.output or (path.parent if path.is_file() else path) / "report")
-    _check_writable(output)
+    check_writable(output, "output")
     history = _log_history(path)
     report, read_mask = _read(path, options.base_model)
     pictured = _find_layer(report, options.layer)
     print_text(json.dumps(report.to_dict(), indent=2) if options.json else report.to_table(options.all or None))
     try:
-        written = _write(output, report, read_mask(pictured), pictured.name, history)
+        written = write_report(output, report, read_mask(pictured), pictured.name, history)
     except OSError as error:
         raise UserError(f"cannot write to {str(output)!r}: {error.strerror}; name a folder with --output.") from error
     print(f"\nWritten to {output}: {', '.join(file.name for file in written)}", file=sys.stderr)
@@ -149,9 +149,18 @@ def _log_history(path: Path) -> list[dict[str, Any]]:
     return max(histories, key=len, default=[])
 
 
-def _write(
+def write_report(
     output: Path, report: SparsityReport, mask: Tensor, layer_name: str, history: list[dict[str, Any]]
 ) -> list[Path]:
+    """Write report.json and the pictures into a folder; returns the files.
+
+    Args:
+        output: the folder, made if need be.
+        report: what was counted.
+        mask: the mask to draw, (out, in), True = keep.
+        layer_name: the layer that it belongs to.
+        history: the Trainer's log; without one there is no picture of the training.
+    """
     output.mkdir(parents=True, exist_ok=True)
     report.save(output / "report.json")
     written = [
@@ -162,12 +171,14 @@ def _write(
     return [*written, plot_training(history, output / "training.png")] if history else written
 
 
-def _check_writable(output: Path) -> None:
+def check_writable(output: Path, option: str) -> None:
     """Refuse a folder that cannot be made or written to, before any work is done."""
     existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
     if not existing.is_dir():
-        raise UserError(f"cannot write to {str(output)!r}: {str(existing)!r} is not a folder; name one with --output.")
+        raise UserError(
+            f"cannot write to {str(output)!r}: {str(existing)!r} is not a folder; name one with --{option}."
+        )
     if not os.access(existing, os.W_OK):
         raise UserError(
-            f"cannot write to {str(output)!r}: {str(existing)!r} is read-only; name a folder with --output."
+            f"cannot write to {str(output)!r}: {str(existing)!r} is read-only; name a folder with --{option}."
         )

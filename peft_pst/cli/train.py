@@ -15,7 +15,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, get_last_checkpoint
 
 from ..model import pst_layers
-from ..plots import plot_kept_weights, plot_layer_sparsity, plot_training
 from ..report import SparsityReport, report_model
 from .adapter import add_adapter
 from .classification import prepare_classification
@@ -27,7 +26,7 @@ from .labels import Labels
 from .language import prepare_language_modelling
 from .metrics import perplexity, predicted
 from .options import TrainOptions, parse
-from .report import print_text
+from .report import check_writable, print_text, write_report
 from .trainer import PSTTrainer
 
 PREDICTIONS_NAME = "test_predictions.tsv"
@@ -75,8 +74,7 @@ def _run(options: TrainOptions) -> None:
 def _check_output(options: TrainOptions) -> str | None:
     """The checkpoint to resume from, if any; refuses to write over anything that is not said to be overwritten."""
     folder = options.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file; pass a folder.")
+    check_writable(folder, "output_dir")
     resume = options.training.resume_from_checkpoint
     if resume is not None:
         return _find_checkpoint(folder, resume)
@@ -195,16 +193,12 @@ def _write_predictions(path: Path, predictions: np.ndarray, labels: Labels) -> N
 
 def _write_report(trainer: PSTTrainer, adapter: Path) -> SparsityReport:
     """The same files that `peft-pst report` writes, from the model in memory."""
-    folder = adapter / REPORT_FOLDER
-    folder.mkdir(exist_ok=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
     files = {name: (adapter / name).stat().st_size for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)}
     report = replace(report_model(model), source=str(adapter), files=files)
-    report.save(folder / "report.json")
-    plot_layer_sparsity(report, folder / "layer_sparsity.png")
     first = next(pst_layers(model))
-    plot_kept_weights(first.get_mask("default"), folder / "kept_weights.png", title=first.module_name)
-    plot_training(trainer.state.log_history, folder / "training.png")
+    mask = first.get_mask("default")
+    write_report(adapter / REPORT_FOLDER, report, mask, first.module_name, trainer.state.log_history)
     return report
 
 
