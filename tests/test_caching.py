@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file, save_file
 from tiny_models import (
     assert_same_tensors,
     inputs,
@@ -208,12 +205,3 @@ def test_dropped_models_are_freed() -> None:
     del model
     gc.collect()
     assert reference() is None
-
-
-def test_saved_files_hold_no_pickle(tmp_path: Path) -> None:
-    pruned_net().save_pretrained(tmp_path)
-    assert not [path.name for path in tmp_path.rglob("*") if path.suffix in {".bin", ".pt", ".pkl"}]
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    save_file(saved, tmp_path / "again.safetensors")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["peft_type"] == "PST"

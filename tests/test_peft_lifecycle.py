@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     TOKENS,
     Net,
@@ -434,6 +436,15 @@ def test_counts_survive_a_change_of_dtype() -> None:
     model.to(torch.bfloat16)
     assert [layer.get_num_pruned("default") for layer in layers_of(model).values()] == counts
     assert {layer.pst_num_pruned["default"].dtype for layer in layers_of(model).values()} == {torch.int64}
+
+
+def test_saved_files_hold_no_pickle(tmp_path: Path) -> None:
+    pruned_net().save_pretrained(tmp_path)
+    assert not [path.name for path in tmp_path.rglob("*") if path.suffix in {".bin", ".pt", ".pkl"}]
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(saved, tmp_path / "again.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "PST"
 
 
 # Injection, without a PeftModel round it
