@@ -344,6 +344,8 @@ class PSTLinear(nn.Module, PSTLayer):
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
         self._warn_about_hooks()
+        if not self.training and not torch.compiler.is_compiling():
+            self._warn_if_never_pruned(names, "Evaluating")
         bias = self._base.bias
         if torch.is_grad_enabled() and self._trains(names):
             return masked_linear(x, self._dense(), bias, self._pruners(names))
@@ -363,7 +365,6 @@ class PSTLinear(nn.Module, PSTLayer):
             return self.get_masked_weight(adapter_names)
         fingerprint = tuple((name, _identity(t)) for name in adapter_names for t in self._origin(name))
         if self._masked_weight is None or self._masked_weight[0] != fingerprint:
-            self._warn_if_never_pruned(adapter_names, "Evaluating")
             self._masked_weight = (fingerprint, self.get_masked_weight(adapter_names))
         return self._masked_weight[1]
 

@@ -492,12 +492,13 @@ def never_pruned(caught: list[warnings.WarningMessage]) -> list[str]:
     return [str(warning.message) for warning in caught if NEVER_PRUNED in str(warning.message)]
 
 
-def test_evaluating_a_schedule_that_never_moved_warns_once() -> None:
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_evaluating_a_schedule_that_never_moved_warns_once(with_gradient: bool) -> None:
     model = get_peft_model(net(), PSTConfig()).eval()
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, torch.set_grad_enabled(with_gradient):
         warnings.simplefilter("always")
-        outputs(model)
-        outputs(model)
+        model(inputs())
+        model(inputs())
     (message,) = never_pruned(caught)
     for part in ("'default'", "target is 0.9", "callbacks=[PSTCallback()]", "update_sparsity(step, total_steps)"):
         assert part in message
