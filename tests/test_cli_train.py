@@ -117,7 +117,9 @@ def test_classification_from_csv(bert: str, reviews: str, tmp_path: Path, capsys
 
 def test_model_card_says_how_to_load(bert: str, reviews: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    assert train(bert, output, "--train_file", reviews, "--validation_file", reviews) == 0
+    arguments = ["--train_file", reviews, "--validation_file", reviews, "--model_revision", "v1"]
+    assert train(bert, output, *arguments) == 0
+    assert read_json(output / "adapter_config.json")["revision"] == "v1"
     card = (output / "README.md").read_text(encoding="utf-8")
     code = card.split("```python\n")[1].split("```")[0]
     assert code.startswith("import peft_pst\n")

@@ -153,10 +153,11 @@ def _check_heads(adapters: list[Path]) -> None:
 
 def _load_tokenizer(adapter: Path, base_model: str | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer saved with the adapter, else the base's, else None."""
+    config = read_adapter_config(adapter)
     has_own = (adapter / TOKENIZER_CONFIG_FILE).is_file()
-    source = str(adapter) if has_own else base_model or read_adapter_config(adapter).base_model_name_or_path
+    source = adapter if has_own else base_model or config.base_model_name_or_path
     try:
-        return load_tokenizer(str(source))
+        return load_tokenizer(str(source), config.revision or "main")
     except UserError:
         return None
 

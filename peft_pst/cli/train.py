@@ -49,6 +49,7 @@ def _run(options: TrainOptions) -> None:
     checkpoint = _check_output(options)
     check_source(options.data)
     options.pst.task_type = "SEQ_CLS" if options.data.task == "seq_cls" else "CAUSAL_LM"
+    options.pst.revision = options.model.model_revision  # or merging would take another revision of the base
     prepare = prepare_classification if options.data.task == "seq_cls" else prepare_language_modelling
     job = prepare(options)
     _check_evaluation(options, job)
