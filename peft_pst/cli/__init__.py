@@ -42,4 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {help_}" for name, help_ in COMMANDS.items()]
-    return "\n".join(["usage: peft-pst COMMAND [options]", "", *lines, "", "peft-pst COMMAND --help lists the options."])
+    return "\n".join(
+        ["usage: peft-pst COMMAND [options]", "", *lines, "", "peft-pst COMMAND --help lists the options."]
+    )
