@@ -58,7 +58,7 @@ class Settings:
 
     target_sparsity: float = 0.9
     seed: int = 0
-    max_steps: int = 150
+    max_steps: int = 120
     batch_size: int = 16
     max_length: int = 64
     dense_lr: float = 1e-4
