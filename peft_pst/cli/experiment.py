@@ -42,7 +42,7 @@ BASE_MODEL = "all-MiniLM-L6-v2"
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run. The learning rates were searched for both runs alike, on a part of the training documents.
+    """What is run. Learning rates were searched on a part of the training documents, for PST more than for dense.
 
     Attributes:
         target_sparsity: fraction of zeros in the pruned matrices, in [0, 1).
