@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .masking import masked_weight, unpack_mask
+from .masking import masked_weight
 from .scoring import Factors, add_update, score_dtype
 
 
@@ -46,8 +46,8 @@ def effective_weight(weight: Tensor, pruners: Sequence[Pruner]) -> Tensor:
         tensor([[1.5000, 0.0000],
                 [1.5000, 1.0000]])
     """
-    masks = [unpack_mask(pruner.mask, weight.shape) for pruner in pruners]
-    return masked_weight(_updated(weight, pruners), _intersection(masks)).to(weight.dtype)
+    mask = _intersection([pruner.mask for pruner in pruners])
+    return masked_weight(_updated(weight, pruners), mask).to(weight.dtype)
 
 
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pruners: Sequence[Pruner]) -> Tensor:
@@ -109,7 +109,8 @@ def _updated(weight: Tensor, pruners: Sequence[Pruner]) -> Tensor:
 
 
 def _intersection(masks: Sequence[Tensor]) -> Tensor:
-    return reduce(torch.logical_and, masks)
+    """Keep what every packed mask keeps, packed."""
+    return reduce(torch.bitwise_and, masks)
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -225,7 +226,7 @@ def _add_block(
     totals: Sequence[Factors],
 ) -> None:
     """Add what G = `grad`, (rows, in), contributes to all gradients; `weight` and `pruners` are of the same rows."""
-    masks = [unpack_mask(pruner.mask, weight.shape) for pruner in pruners]
+    masks = [pruner.mask for pruner in pruners]
     updated = _updated(weight, pruners)
     grad_updated = masked_weight(grad, _intersection(masks))
     grad_mask = grad * updated

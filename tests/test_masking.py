@@ -189,11 +189,22 @@ def test_pack_mask_of_views(offset: int) -> None:
 def test_masked_weight_is_plus_zero_where_pruned() -> None:
     weight = torch.tensor([-1.0, math.inf, -math.inf, -0.0, 2.0, math.nan], requires_grad=True)
     mask = torch.tensor([False, False, True, False, True, False])
-    result = masked_weight(weight.detach(), mask)
+    result = masked_weight(weight.detach(), pack_mask(mask))
     assert torch.equal(result, torch.tensor([0.0, 0.0, -math.inf, 0.0, 2.0, 0.0]))
     assert not torch.signbit(result[~mask]).any()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_masked_weight_keeps_the_dtype(dtype: torch.dtype) -> None:
-    assert masked_weight(torch.ones(3, dtype=dtype), torch.tensor([True, False, True])).dtype == dtype
+@pytest.mark.parametrize("shape", [(3,), (8, 3), (5, 7), (1, 64)])
+def test_masked_weight_is_the_choice_of_booleans(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    weight, mask = torch.randn(shape).to(dtype), random_mask(shape)
+    before = weight.clone()
+    result = masked_weight(weight, pack_mask(mask))
+    assert result.dtype == dtype
+    assert torch.equal(result, torch.where(mask, weight, torch.zeros_like(weight)))
+    assert torch.equal(weight, before)
+
+
+def test_masked_weight_of_a_transposed_view() -> None:
+    weight, mask = torch.randn(6, 4).T, random_mask((4, 6))
+    assert torch.equal(masked_weight(weight, pack_mask(mask)), torch.where(mask, weight, torch.zeros(4, 6)))
