@@ -5,6 +5,7 @@ from ._version import __version__
 from .callback import PSTCallback
 from .config import PSTConfig
 from .layer import PSTLayer
+from .masking import num_pruned, topk_mask
 from .model import PSTModel, get_sparsity, update_sparsity
 from .optimizer import create_pst_optimizer, parameter_groups
 from .report import SparsityReport, report_checkpoint, report_model
@@ -23,8 +24,10 @@ __all__ = [
     "create_pst_optimizer",
     "cubic_sparsity",
     "get_sparsity",
+    "num_pruned",
     "parameter_groups",
     "report_checkpoint",
     "report_model",
+    "topk_mask",
     "update_sparsity",
 ]

@@ -45,7 +45,8 @@ class PSTCallback(TrainerCallback):
         if after < before:
             warnings.warn(
                 f"The schedule starts anew at step {state.global_step}: sparsity falls from {before:.4f} to "
-                f"{after:.4f}. To go on from a pruned adapter, set initial_sparsity={before:.4f} in its configuration.",
+                f"{after:.4f}. To go on from a pruned adapter, set initial_sparsity={before:.4f} in its configuration, "
+                "and total_steps to None, if the new run's length is to count.",
                 stacklevel=2,
             )
         self._forget_best_below_target(state, model)
@@ -102,6 +103,7 @@ def _settle_length(plan: LayerPlan, max_steps: int) -> None:
     if max_steps < _first_step_at_target(plan):
         warnings.warn(
             f"Training ends after {max_steps} steps, before the schedule of total_steps={plan.config.total_steps} "
-            f"reaches target_sparsity={plan.config.target_sparsity}; leave total_steps at None to take the Trainer's.",
+            f"reaches target_sparsity={plan.config.target_sparsity}. To take the Trainer's length, set total_steps to "
+            "None in the adapter's configuration; a saved adapter has the length it was trained with.",
             stacklevel=3,
         )

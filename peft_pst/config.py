@@ -11,7 +11,7 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 
-class PSTPeftType(str, enum.Enum):
+class PSTPeftType(str, enum.Enum):  # noqa: UP042  # of the same make as PEFT's own
     """The method's type in PEFT's mappings; PEFT's own enum is closed to other packages."""
 
     PST = "PST"
@@ -162,6 +162,7 @@ class PSTConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as every PEFT tuner does
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        _check_kinds(self)
         _check_sparsities(self)
         _check_ranks_and_scales(self)
         _check_schedule(self)
@@ -181,6 +182,19 @@ def _check_sparsity(name: str, value: object) -> None:
 def _check_rank(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{name}={value!r} is not a rank; pass an integer of at least 0.")
+
+
+def _check_kinds(config: PSTConfig) -> None:
+    for name in ("sparsity_pattern", "rank_pattern", "score_rank_pattern"):
+        if getattr(config, name) is None:
+            setattr(config, name, {})
+        if not isinstance(getattr(config, name), dict):
+            raise ValueError(f"{name}={getattr(config, name)!r} is not a dict; pass {{module name or pattern: value}}.")
+    for name in ("structured", "fan_in_fan_out"):
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name}={getattr(config, name)!r} is neither True nor False.")
+    if isinstance(config.modules_to_save, str):
+        raise ValueError(f"modules_to_save={config.modules_to_save!r} is a string; pass a list of module names.")
 
 
 def _check_sparsities(config: PSTConfig) -> None:
@@ -255,6 +269,10 @@ def _check_layer_selection(config: PSTConfig) -> None:
             f"layers_pattern={config.layers_pattern!r} says where blocks are counted, but layers_to_transform is None; "
             "set layers_to_transform to the blocks to adapt."
         )
+    blocks = config.layers_to_transform
+    for block in blocks if isinstance(blocks, list) else [] if blocks is None else [blocks]:
+        if not isinstance(block, int) or isinstance(block, bool) or block < 0:
+            raise ValueError(f"layers_to_transform={blocks!r} holds {block!r}; blocks are counted from 0.")
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
         raise ValueError(
             f"layers_to_transform={config.layers_to_transform!r} cannot be combined with target_modules="

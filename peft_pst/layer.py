@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import PSTConfig
+from .fingerprint import fingerprint, identity
 from .graph import register_layer, traced_packed_mask
 from .masked_linear import Pruner, effective_weight, masked_linear
 from .masking import num_pruned, pack_mask, select_mask, unpack_mask
@@ -164,7 +165,7 @@ class PSTLayer(BaseTunerLayer):
         """The number of zeros now in force, read from the adapter's state."""
         buffer = self.pst_num_pruned[adapter_name]
         known = self._counts.get(adapter_name)
-        if known is not None and known[0] == _identity(buffer):
+        if known is not None and known[0] == identity(buffer):
             return known[1]
         count = int(buffer)
         if not 0 <= count < self.num_weights:
@@ -173,21 +174,28 @@ class PSTLayer(BaseTunerLayer):
                 f"[0, {self.num_weights}), the number of weights. The adapter file is damaged or belongs to another "
                 "model; load the one that was saved for this base."
             )
-        self._counts[adapter_name] = (_identity(buffer), count)
+        self._counts[adapter_name] = (identity(buffer), count)
         return count
 
     def set_sparsity(self, adapter_name: str, sparsity: float) -> None:
-        """Put a sparsity in force for one adapter, in [0, 1)."""
+        """Put a sparsity in force for one adapter, in [0, 1).
+
+        Raises:
+            RuntimeError: while the adapter is merged.
+        """
+        self.check_unmerged(adapter_name)
+        buffer, count = self.pst_num_pruned[adapter_name], num_pruned(self.num_weights, sparsity)
+        buffer.fill_(count)
+        self._counts[adapter_name] = (identity(buffer), count)
+        self._forget(adapter_name)
+
+    def check_unmerged(self, adapter_name: str) -> None:
+        """Refuse to go on while an adapter is merged, since what is in the base weight would not follow."""
         if adapter_name in self.merged_adapters:
             raise RuntimeError(
                 f"Layer {self.module_name}: the sparsity of adapter {adapter_name!r} cannot change while it is merged; "
                 "call unmerge_adapter() first."
             )
-        buffer, count = self.pst_num_pruned[adapter_name], num_pruned(self.num_weights, sparsity)
-        buffer.fill_(count)
-        self._counts[adapter_name] = (_identity(buffer), count)
-        # Counters of in-place writes do not see every optimizer (some write through raw pointers), a step does.
-        self._forget(adapter_name)
 
     def _warn_if_never_pruned(self, adapter_names: Sequence[str], occasion: str) -> None:
         for name in adapter_names:
@@ -232,6 +240,11 @@ class PSTLayer(BaseTunerLayer):
     def _dense(self) -> Tensor:
         """The base weight without any adapter, (out, in)."""
         base = self._base.weight
+        if base.is_meta:
+            raise RuntimeError(
+                f"Layer {self.module_name}: the base weight has no data (meta device), so it cannot be pruned. Bases "
+                "that are offloaded by hooks are not supported; load the model into memory first."
+            )
         weight = base if self._dense_weight is None else self._dense_weight.to(base)
         return weight.T if self._stores_transposed else weight
 
@@ -241,13 +254,13 @@ class PSTLayer(BaseTunerLayer):
     def get_packed_mask(self, adapter_name: str) -> Tensor:
         """Select once and reuse: for all micro-batches of a step, checkpoint re-forwards and evaluations."""
         if torch.compiler.is_compiling():
-            origin = [tensor.detach() for tensor in self._origin(adapter_name)]
-            return traced_packed_mask(origin, self._handle, adapter_name)
-        fingerprint = tuple(_identity(tensor) for tensor in self._origin(adapter_name))
+            tensors = [tensor.detach() for tensor in self._origin(adapter_name)]
+            return traced_packed_mask(tensors, self._handle, adapter_name)
+        origin = fingerprint(self._origin(adapter_name))
         cached = self._masks.get(adapter_name)
-        if cached is None or cached[0] != fingerprint:
+        if cached is None or cached[0] != origin:
             with _outside_any_graph(self._base.weight.device):
-                cached = (fingerprint, pack_mask(self._select(adapter_name)))
+                cached = (origin, pack_mask(self._select(adapter_name)))
             self._masks[adapter_name] = cached
         return cached[1]
 
@@ -332,6 +345,10 @@ class PSTLinear(nn.Module, PSTLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, status)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is made from other tensors would bloat a copy or a pickle, and could not be recognised there.
+        return {**self.__dict__, "_counts": {}, "_masks": {}, "_masked_weight": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called on a copied or unpickled layer, whose handle would still mean the original.
         super().__setstate__(state)
@@ -363,9 +380,9 @@ class PSTLinear(nn.Module, PSTLayer):
             # A forward without gradient in mid-training (the first pass of a checkpointed block, a reference model):
             # keeping a dense copy for the next one would cost the memory of the whole model.
             return self.get_masked_weight(adapter_names)
-        fingerprint = tuple((name, _identity(t)) for name in adapter_names for t in self._origin(name))
-        if self._masked_weight is None or self._masked_weight[0] != fingerprint:
-            self._masked_weight = (fingerprint, self.get_masked_weight(adapter_names))
+        origin = (tuple(adapter_names), fingerprint(t for name in adapter_names for t in self._origin(name)))
+        if self._masked_weight is None or self._masked_weight[0] != origin:
+            self._masked_weight = (origin, self.get_masked_weight(adapter_names))
         return self._masked_weight[1]
 
     def train(self, mode: bool = True) -> PSTLinear:
@@ -395,12 +412,6 @@ def _outside_any_graph(device: torch.device) -> Iterator[None]:
     """No gradient; full precision also within autocast; tensors fit for a later graph also within inference mode."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
-
-
-def _identity(tensor: Tensor) -> tuple[int, int, int]:
-    # Inference tensors have no version counter; such a write is noticed by the address alone.
-    version = -1 if tensor.is_inference() else tensor._version
-    return id(tensor), tensor.data_ptr(), version
 
 
 def _broken_message(adapter_name: str) -> str:

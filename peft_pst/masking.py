@@ -60,7 +60,8 @@ def select_mask(scores: Tensor, count: int) -> Tensor:
         scores tie: of two equal entries the earlier in row-major order is pruned.
 
     Raises:
-        ValueError: if `count` is out of range, or, on the CPU and for 0 < count, if a score is NaN.
+        ValueError: if `count` is out of range, or, on the CPU and for 0 < count, if a score is NaN. Elsewhere a NaN is
+            kept, and found by `merge(safe_merge=True)`.
 
     Example:
         >>> select_mask(torch.tensor([[0.1, 3.0], [0.1, 0.1]]), 2)
@@ -91,7 +92,11 @@ def _select_on_cpu(flat: Tensor, count: int) -> Tensor:
 
 
 def _select_on_device(flat: Tensor, count: int) -> Tensor:
-    """The same without a word to the host: looking for ties costs a scan, asking whether there are any a stall."""
+    """The same without a word to the host: looking for ties costs a scan, asking whether there are any a stall.
+
+    Nor can a NaN be refused without asking; it is kept, as the highest score, so that the count holds.
+    """
+    flat = flat.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
     threshold = flat.float().kthvalue(count).values if flat.element_size() < 4 else flat.kthvalue(count).values
     mask = flat > threshold
     ties = flat == threshold

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
-from .layer import PSTLayer, PSTLinear, ScheduleStatus, supports
+from .layer import LayerPlan, PSTLayer, PSTLinear, ScheduleStatus, supports
 from .schedule import cubic_sparsity
 from .targets import find_block_linears
 
@@ -83,7 +83,7 @@ class PSTModel(BaseTuner):
         if isinstance(target, PSTLayer):
             target.update_layer(adapter_name, peft_config, self._status)
             return
-        _check_supported(target, current_key)
+        _check_supported(target, parent, current_key)
         new_module = PSTLinear(target, adapter_name, peft_config, self._status, current_key)
         if adapter_name not in self.active_adapters:
             # A further adapter is not trainable until it is activated.
@@ -103,6 +103,26 @@ class PSTModel(BaseTuner):
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trains[name])
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        counts, factors = set(), {}
+        for key in remapped:
+            layer, _, part = key.removesuffix(f".{adapter_name}").rpartition(".")
+            if part == "pst_num_pruned":
+                counts.add(layer)
+            elif part in PSTLayer.adapter_layer_names:
+                factors[layer] = key
+        missing = factors.keys() - counts
+        if missing:
+            raise ValueError(
+                f"The adapter's tensors lack pst_num_pruned, the number of zeros, for {len(missing)} layers, such as "
+                f"{min(missing)}; at which sparsity it was saved is not known. Save it again with save_pretrained()."
+            )
+        return remapped
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # Without this method PEFT would ignore `model(x, adapter_names=[...])` silently.
@@ -114,7 +134,7 @@ class PSTModel(BaseTuner):
         yield
 
 
-def _check_supported(target: nn.Module, name: str) -> None:
+def _check_supported(target: nn.Module, parent: nn.Module, name: str) -> None:
     if isinstance(target, BaseTunerLayer):
         raise ValueError(
             f"Module {name} already carries a {type(target).__module__} adapter. PST replaces the base weight by a "
@@ -126,9 +146,15 @@ def _check_supported(target: nn.Module, name: str) -> None:
             "transformers' Conv1D with floating-point weights, except inside torch.nn.MultiheadAttention; take it out "
             "of target_modules or dequantise it."
         )
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        raise ValueError(
+            f"Target module {name} belongs to a torch.nn.TransformerEncoderLayer, which in evaluation reads the weight "
+            "of its linear layers without calling them, so that an adapter would have no effect; leave it out."
+        )
 
 
 def pst_layers(model: nn.Module) -> Iterator[PSTLayer]:
+    """The layers that carry PST adapters, in the order of the model."""
     return (module for module in model.modules() if isinstance(module, PSTLayer))
 
 
@@ -159,28 +185,33 @@ def update_sparsity(model: nn.Module, step: int, total_steps: int | None = None)
         >>> update_sparsity(model, step=10, total_steps=10)
         0.5
     """
+    planned = []
     for layer, name in active_adapters(model):
-        plan = layer.pst_plans[name]
-        config = plan.config
-        total = config.total_steps if total_steps is None else total_steps
-        if total is None:
-            raise ValueError(
-                "total_steps is not known, so the schedule has no length: pass update_sparsity(step, total_steps), set "
-                "PSTConfig(total_steps=...), or train with PSTCallback, which takes it from the Trainer."
-            )
-        layer.set_sparsity(
-            name,
-            cubic_sparsity(
-                step,
-                total,
-                target_sparsity=plan.target_sparsity,
-                initial_sparsity=config.initial_sparsity,
-                warmup_ratio=config.warmup_ratio,
-                cooldown_ratio=config.cooldown_ratio,
-            ),
-        )
-        plan.status.moved = True
+        layer.check_unmerged(name)
+        planned.append((layer, name, _scheduled_sparsity(layer.pst_plans[name], step, total_steps)))
+    # All or nothing: whatever may be refused has been by now.
+    for layer, name, sparsity in planned:
+        layer.set_sparsity(name, sparsity)
+        layer.pst_plans[name].status.moved = True
     return get_sparsity(model)
+
+
+def _scheduled_sparsity(plan: LayerPlan, step: int, total_steps: int | None) -> float:
+    config = plan.config
+    total = config.total_steps if total_steps is None else total_steps
+    if total is None:
+        raise ValueError(
+            "total_steps is not known, so the schedule has no length: pass update_sparsity(step, total_steps), set "
+            "PSTConfig(total_steps=...), or train with PSTCallback, which takes it from the Trainer."
+        )
+    return cubic_sparsity(
+        step,
+        total,
+        target_sparsity=plan.target_sparsity,
+        initial_sparsity=config.initial_sparsity,
+        warmup_ratio=config.warmup_ratio,
+        cooldown_ratio=config.cooldown_ratio,
+    )
 
 
 def get_sparsity(model: nn.Module) -> float:
@@ -202,6 +233,11 @@ def get_sparsity(model: nn.Module) -> float:
 
 
 def active_adapters(model: nn.Module) -> list[tuple[PSTLayer, str]]:
+    """Every layer with each adapter that is active on it.
+
+    Raises:
+        ValueError: if there is none.
+    """
     pairs = [(layer, name) for layer in pst_layers(model) for name in layer.active_adapters if name in layer.pst_plans]
     if not pairs:
         raise ValueError(

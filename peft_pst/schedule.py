@@ -31,7 +31,8 @@ def cubic_sparsity(
         Sparsity, in [0, 1). Exactly the initial and the target value on the two plateaus.
 
     Raises:
-        ValueError: if `step` is negative, `total_steps` is below 1, or the ratios sum to more than 1.
+        ValueError: if `step` is negative, `total_steps` is below 1, a sparsity or ratio is out of range, or the ratios
+            sum to more than 1.
 
     Source: Zhu & Gupta 2017 (arXiv 1710.01878), eq. 1; warm-up and cool-down as in Li et al. 2022 (arXiv 2205.11005).
 
@@ -43,6 +44,11 @@ def cubic_sparsity(
         raise ValueError(f"step={step} is negative; pass the number of finished optimizer steps.")
     if total_steps < 1:
         raise ValueError(f"total_steps={total_steps} is below 1; pass the number of optimizer steps of the whole run.")
+    for name, sparsity in (("target_sparsity", target_sparsity), ("initial_sparsity", initial_sparsity)):
+        if not 0.0 <= sparsity < 1.0:
+            raise ValueError(f"{name}={sparsity} is outside [0, 1); 0.9 means that nine of ten weights are zero.")
+    if min(warmup_ratio, cooldown_ratio) < 0:
+        raise ValueError(f"warmup_ratio={warmup_ratio} or cooldown_ratio={cooldown_ratio} is negative.")
     if warmup_ratio + cooldown_ratio > 1:
         raise ValueError(f"warmup_ratio={warmup_ratio} and cooldown_ratio={cooldown_ratio} sum to more than 1.")
     ramp_start = warmup_ratio * total_steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import oracle
+import pytest
 import torch
 from peft import (
     get_peft_model,
@@ -168,3 +169,13 @@ def test_model_and_layer_status() -> None:
         assert layer.devices == {"a": ["cpu"], "b": ["cpu"]}
     with model.disable_adapter():
         assert model.get_model_status().enabled is False
+
+
+def test_the_schedule_moves_all_active_adapters_or_none() -> None:
+    model = two_adapters()
+    activate(model, ["a", "b"])
+    model.merge_adapter(["b"])
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"adapter 'b' cannot change while it is merged; call unmerge_adapter\(\)"):
+        model.update_sparsity(5, 10)
+    assert_same_tensors(snapshot(model), before)

@@ -77,8 +77,33 @@ def load_adapter_state(model: PeftModel) -> None:
     set_peft_model_state_dict(model, {name: -2 * t if "pst_V" in name else t for name, t in state.items()})
 
 
-def optimizer_step(model: PeftModel) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.3)
+def optimizer_step(model: PeftModel, **kind: bool) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.3, **kind)
+    model(inputs()).square().sum().backward()
+    optimizer.step()
+
+
+def fused_optimizer_step(model: PeftModel) -> None:
+    """The Trainer's default, whose writes autograd's counter does not see."""
+    optimizer_step(model, fused=True)
+
+
+def foreach_optimizer_step(model: PeftModel) -> None:
+    optimizer_step(model, foreach=True)
+
+
+class RawOptimizer(torch.optim.SGD):
+    """Writes behind autograd's back, as optimizers with kernels of their own do."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data -= group["lr"] * parameter.grad
+
+
+def raw_optimizer_step(model: PeftModel) -> None:
+    optimizer = RawOptimizer([p for p in model.parameters() if p.requires_grad], lr=0.3)
     model(inputs()).square().sum().backward()
     optimizer.step()
 
@@ -113,6 +138,9 @@ CHANGES = [
     load_state,
     load_adapter_state,
     optimizer_step,
+    fused_optimizer_step,
+    foreach_optimizer_step,
+    raw_optimizer_step,
     move_schedule,
     change_dtype,
     train_in_between,
@@ -205,3 +233,16 @@ def test_dropped_models_are_freed() -> None:
     del model
     gc.collect()
     assert reference() is None
+
+
+def test_a_copy_and_a_pickle_leave_behind_what_can_be_made_again() -> None:
+    model = pruned_net().eval()
+    expected = outputs(model)
+    layer = model.base_model.model.layers[0].up
+    assert layer._masks
+    assert layer._masked_weight is not None
+    twin = copy.deepcopy(model)
+    copied = twin.base_model.model.layers[0].up
+    assert not copied._masks
+    assert copied._masked_weight is None
+    assert torch.equal(outputs(twin), expected)

@@ -239,3 +239,30 @@ def test_every_field_says_what_it_does() -> None:
     for field in own:
         assert field.metadata["help"].endswith("."), field.name
         assert f"\n        {field.name}: " in PSTConfig.__doc__, field.name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"sparsity_pattern": ["up"]},
+            r"sparsity_pattern=\['up'\] is not a dict; pass \{module name or pattern: value\}",
+        ),
+        ({"rank_pattern": 3}, "rank_pattern=3 is not a dict"),
+        ({"score_rank_pattern": "up"}, "score_rank_pattern='up' is not a dict"),
+        ({"structured": "yes"}, "structured='yes' is neither True nor False"),
+        ({"fan_in_fan_out": 1}, "fan_in_fan_out=1 is neither True nor False"),
+        ({"modules_to_save": "head"}, "modules_to_save='head' is a string; pass a list"),
+        ({"layers_to_transform": -1}, "layers_to_transform=-1 holds -1; blocks are counted from 0"),
+        ({"layers_to_transform": [0, "1"]}, "holds '1'; blocks are counted from 0"),
+    ],
+    ids=str,
+)
+def test_values_of_another_kind_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PSTConfig(**options)
+
+
+def test_patterns_may_be_none() -> None:
+    config = PSTConfig(sparsity_pattern=None, rank_pattern=None, score_rank_pattern=None)
+    assert config.sparsity_pattern == config.rank_pattern == config.score_rank_pattern == {}

@@ -29,6 +29,13 @@ def test_selection_for_devices_equals_the_one_for_the_cpu(values, share, dtype):
     assert torch.equal(_select_on_device(scores, count), select_mask(scores, count))
 
 
+def test_selection_for_devices_keeps_the_count_when_scores_are_nan():
+    scores = torch.randn(100)
+    scores[::10] = float("nan")
+    assert int((~_select_on_device(scores, 50)).sum()) == 50
+    assert _select_on_device(scores, 50)[::10].all()
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])

@@ -230,16 +230,28 @@ def test_unsupported_modules_are_refused(target: str, match: str) -> None:
         get_peft_model(model, PSTConfig(target_modules=[target]))
 
 
-def test_the_projection_that_attention_reads_without_calling_is_left_alone() -> None:
-    """An adapter on it would train, save and merge, and do nothing in between."""
+@pytest.mark.parametrize("target", ["out_proj", "linear1"])
+def test_layers_whose_weight_torch_reads_without_calling_them_are_refused(target: str) -> None:
+    """An adapter on them would train, save and merge, and do nothing in evaluation."""
     block = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
     model = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
-    adapted = get_peft_model(copy.deepcopy(model), PSTConfig())
-    assert adapted.peft_config["default"].target_modules == {"linear1", "linear2"}
-    with pytest.raises(
-        ValueError, match=r"self_attn\.out_proj.*not supported.*except inside torch\.nn\.MultiheadAttent"
-    ):
-        get_peft_model(model, PSTConfig(target_modules=["out_proj"]))
+    with pytest.raises(ValueError, match=rf"{target}.*torch\.nn\.(MultiheadAttention|TransformerEncoderLayer)"):
+        get_peft_model(copy.deepcopy(model), PSTConfig(target_modules=[target]))
+    with pytest.raises(ValueError, match="no linear layers inside numbered blocks"):
+        get_peft_model(model, PSTConfig())
+
+
+def test_an_adapter_without_its_counts_is_refused(tmp_path: Path) -> None:
+    model = pruned_net()
+    state = get_peft_model_state_dict(model)
+    with pytest.raises(ValueError, match=r"lack pst_num_pruned.*for 4 layers, such as .*layers\.0\.down"):
+        set_peft_model_state_dict(model, {name: t for name, t in state.items() if "num_pruned" not in name})
+
+
+def test_a_base_without_data_is_refused() -> None:
+    model = get_peft_model(net(), PSTConfig()).to("meta")
+    with pytest.raises(RuntimeError, match=r"Layer layers\.0\.up: the base weight has no data"):
+        model(inputs().to("meta"))
 
 
 def test_unknown_target_modules_are_refused() -> None:

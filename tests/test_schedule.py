@@ -96,3 +96,16 @@ def test_refusals(step: int, total: int, options: dict[str, float], message: str
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared in full below
         cubic_sparsity(step, total, target_sparsity=0.9, **options)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("name", ["target_sparsity", "initial_sparsity"])
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, float("nan")])
+def test_sparsities_out_of_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value} is outside"):
+        cubic_sparsity(5, 10, **{"target_sparsity": 0.9, name: value})
+
+
+@pytest.mark.parametrize("name", ["warmup_ratio", "cooldown_ratio"])
+def test_negative_ratios_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=-0.1.* is negative"):
+        cubic_sparsity(5, 10, target_sparsity=0.9, **{name: -0.1})
