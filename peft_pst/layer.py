@@ -70,6 +70,17 @@ class PSTLayer(BaseTunerLayer):
     holds `pst_U` (out, r), `pst_V` (r, in), `pst_A` (out, score_rank), `pst_B` (score_rank, in), `pst_R` (out,),
     `pst_C` (in,) and `pst_num_pruned`, an int64 scalar: the number of zeros now in force. The count is part of the
     adapter's state dict, so an adapter saved in mid-schedule loads at the sparsity it was saved at.
+
+    Source: Li et al. 2022 (arXiv 2205.11005); the contract is PEFT's `BaseTunerLayer`.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> config = PSTConfig(target_modules=["0"], initial_sparsity=0.5)
+        >>> layer = get_peft_model(nn.Sequential(nn.Linear(8, 4)), config).base_model.model[0]
+        >>> layer.get_num_pruned("default"), layer.get_mask("default").shape
+        (16, torch.Size([4, 8]))
+        >>> int((layer.get_masked_weight() == 0).sum())
+        16
     """
 
     adapter_layer_names = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
