@@ -198,7 +198,7 @@ class TestOptions:
             (["--target_sparsity", "most"], "invalid float value: 'most'"),
             (["--max_steps", "0"], r"--max_steps 0 is outside \[1, 100000\]"),
             (["--seed", "-1"], r"--seed -1 is outside"),
-            (["--sparsity", "0.9"], "unrecognized arguments: --sparsity 0.9; see peft-pst demo --help"),
+            (["--sparsity", "0.9"], "--sparsity is not an option; see peft-pst demo --help"),
         ],
     )
     def test_mistakes_are_one_line(self, argv, message, capsys):

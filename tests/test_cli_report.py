@@ -137,8 +137,8 @@ def test_errors_are_one_line_and_write_nothing(made, tmp_path, capsys):
         capsys, made / "merged", "--layer", "atention.query", "--output", out
     )
     assert "--layer 'dense' means" in refused(capsys, made / "merged", "--layer", "dense", "--output", out)
-    assert "required: path" in refused(capsys)
-    assert "unrecognized arguments: --wrong" in refused(capsys, made / "base", "--wrong")
+    assert "required: PATH" in refused(capsys)
+    assert "--wrong is not an option; see peft-pst report --help." in refused(capsys, made / "base", "--wrong")
     (tmp_path / "file").write_text("")
     assert "file' is not a folder; name one with --output" in refused(
         capsys, made / "merged", "--output", tmp_path / "file" / "sub"

@@ -34,13 +34,22 @@ def plain_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from calling a head untrained that is about to be trained, or that the adapter brings."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+def quiet_transformers(*, bars: bool = True) -> Iterator[None]:
+    """Keep transformers from calling a head untrained that is about to be trained, or that the adapter brings.
+
+    Args:
+        bars: whether transformers may show its progress bars, such as those of loading and saving.
+    """
+    logging = transformers.logging
+    verbosity, hides_bars = logging.get_verbosity(), not bars and logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if hides_bars:
+        logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # on an interface that PEFT uses
             yield
     finally:
-        transformers.logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
+        if hides_bars:
+            logging.enable_progress_bar()

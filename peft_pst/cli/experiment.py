@@ -200,7 +200,7 @@ class Experiment:
             seed=self.settings.seed,
             save_strategy="no",
             report_to="none",
-            use_cpu=True,  # for the same figures on every machine
+            use_cpu=True,  # what the demo promises; sums still differ in their last digits with the number of threads
             dataloader_pin_memory=False,
             disable_tqdm=False,
         )

@@ -6,7 +6,7 @@ import argparse
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +19,7 @@ from .console import plain_warnings, say
 from .errors import UserError
 from .labels import Labels
 from .loading import load_adapted_model, read_adapter_config
+from .parser import OneLineParser
 from .replace import replaced_folder
 from .report import print_text
 
@@ -27,18 +28,13 @@ Merge a PST adapter into its base model and write a plain checkpoint with exact 
 with stock from_pretrained(), without this package. The zeros are counted in the written file."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help.")
-
-
 def run(argv: list[str]) -> None:
     """Merge as the command line says; see `peft-pst merge --help`.
 
     Raises:
         UserError: for a mistake in the input; an existing output stays whole.
     """
-    options = _parser().parse_args(argv)
+    options = _parser().parse(argv)
     folders = [Path(options.adapter, *([name] if name else [])) for name in options.adapter_name or [None]]
     output = Path(options.output).resolve()
     base = options.base_model or read_adapter_config(folders[0]).base_model_name_or_path
@@ -54,8 +50,8 @@ def run(argv: list[str]) -> None:
     say("", f"The pruned checkpoint is in {options.output}; it loads with from_pretrained() of stock transformers.")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="peft-pst merge", description=_DESCRIPTION, allow_abbrev=False)
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="peft-pst merge", description=_DESCRIPTION)
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter")
     parser.add_argument("output", metavar="OUTPUT", help="folder to write the checkpoint to")
     parser.add_argument(

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..config import PSTConfig
 from .errors import UserError
 from .glue import GLUE_TASKS
+from .parser import OneLineParser
 from .pst_options import add_pst_options
 
 Task = Literal["seq_cls", "causal_lm"]
@@ -49,7 +49,7 @@ class DataOptions:
     task_name: str | None = field(
         default=None,
         metadata={
-            "help": "A GLUE task, from the hub, or from --train_file ... in GLUE's own file forms: "
+            "help": "A GLUE task; read from the hub, or from --train_file in the format of GLUE's own files. One of "
             + ", ".join(GLUE_TASKS)
             + "."
         },
@@ -150,17 +150,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-class Parser(HfArgumentParser):
-    """An `HfArgumentParser` whose complaints are one line instead of the usage of two hundred options."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help.")
-
-    def refuse(self, unknown: str) -> NoReturn:
-        """Complain about an argument that is none of the options."""
-        close = difflib.get_close_matches(unknown, self._option_string_actions, n=1, cutoff=0.8)
-        hint = f"did you mean {close[0]}?" if close else f"see {self.prog} --help."
-        raise UserError(f"{unknown} is not an option; {hint}")
+class _Parser(OneLineParser, HfArgumentParser):
+    """Options from dataclasses, complaints in one line."""
 
 
 def parse(argv: Sequence[str]) -> TrainOptions:
@@ -170,12 +161,11 @@ def parse(argv: Sequence[str]) -> TrainOptions:
         UserError: for an unknown option, or a value that an option does not take.
     """
     ours: list[Any] = [ModelOptions, DataOptions, RunOptions]
-    parser: Any = Parser(
+    parser: Any = _Parser(
         ours,
         prog="peft-pst train",
         usage="peft-pst train --model_name_or_path MODEL --task_name sst2 --output_dir FOLDER [options]",
         description="Fine-tune and prune a model; write the adapter, its metrics and its report to --output_dir.",
-        allow_abbrev=False,
         formatter_class=_Help,
     )
     destinations = add_pst_options(parser)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import os
@@ -10,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -21,6 +20,7 @@ from ..plots import plot_kept_weights, plot_layer_sparsity, plot_training
 from ..report import LayerSparsity, SparsityReport, checkpoint_weight, report_checkpoint, report_model
 from .errors import UserError, require
 from .loading import is_adapter, load_adapted_model
+from .parser import OneLineParser
 
 DESCRIPTION = """\
 Count the zeros in the tensors of a PST adapter (on its base model) or of a safetensors checkpoint, layer by layer,
@@ -33,7 +33,7 @@ _PLAIN = str.maketrans({"━": "#", "╸": "#", "─": "-", "✓": "ok", "✗": 
 
 def run(arguments: Sequence[str]) -> None:
     """Report on an adapter or a checkpoint; raises `UserError` before anything is written."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse(arguments)
     require("matplotlib", "cli")
     path = Path(options.path)
     if not path.exists():
@@ -87,14 +87,9 @@ def print_text(text: str) -> None:
     print(text)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="peft-pst report", description=DESCRIPTION)
-    parser.add_argument("path", help="folder of an adapter or of a checkpoint, or one safetensors file")
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="peft-pst report", description=DESCRIPTION)
+    parser.add_argument("path", metavar="PATH", help="folder of an adapter or of a checkpoint, or one safetensors file")
     parser.add_argument(
         "--base_model", "--base-model", metavar="BASE", help="base model of the adapter, folder or name"
     )
