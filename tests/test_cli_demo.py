@@ -246,12 +246,12 @@ class TestOutputFolder:
 
     def test_file_is_refused(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(UserError, match="is a file"):
+        with pytest.raises(UserError, match="is not a folder"):
             check_output(tmp_path / "file")
 
     def test_place_below_a_file_is_refused(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(UserError, match="cannot be written"):
+        with pytest.raises(UserError, match="is not a folder"):
             check_output(tmp_path / "file" / "out")
 
 

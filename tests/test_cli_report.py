@@ -1,9 +1,9 @@
 """`peft-pst report`, called as on the command line."""
 
 import json
-import os
 import shutil
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -140,7 +140,7 @@ def test_errors_are_one_line_and_write_nothing(made, tmp_path, capsys):
     assert "required: PATH" in refused(capsys)
     assert "--wrong is not an option; see peft-pst report --help." in refused(capsys, made / "base", "--wrong")
     (tmp_path / "file").write_text("")
-    assert "file' is not a folder; name one with --output" in refused(
+    assert "file' is not a folder; name another folder with --output" in refused(
         capsys, made / "merged", "--output", tmp_path / "file" / "sub"
     )
     assert not out.exists()
@@ -161,9 +161,12 @@ def test_damaged_files_are_named(made, tmp_path, capsys):
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(made, monkeypatch, capsys):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    def deny(**kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", deny)
     monkeypatch.setattr("peft_pst.cli.report.report_checkpoint", report_checkpoint_is_not_called)
-    assert "is read-only; name a folder with --output" in refused(capsys, made / "merged")
+    assert "Permission denied; name another folder with --output" in refused(capsys, made / "merged")
 
 
 def report_checkpoint_is_not_called(*args, **kwargs):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import matthews_corrcoef
 from tiny_checkpoints import WORDS, save_bert, save_gpt2, save_masked_bert
 from transformers import AutoTokenizer, TrainerCallback
+from transformers.training_args import OptimizerNames
 
 import peft_pst.cli
 from peft_pst import PSTCallback, PSTConfig
@@ -476,7 +477,45 @@ def refused(capsys: pytest.CaptureFixture[str], status: int, output: Path) -> st
         (["--train_file", "{csv}", "--max_length", "33"], "--max_length 33 is more than the 32 tokens"),
         (["--train_file", "{csv}", "--max_length", "0"], "max_length=0 is below 1"),
         (["--train_file", "{csv}", "--eval_strategy", "steps"], "--eval_strategy steps needs data to evaluate on"),
-        (["--train_file", "{csv}", "--score_learning_rate", "-1"], "score_learning_rate=-1.0 is negative"),
+        (["--train_file", "{csv}", "--score_learning_rate", "-1"], "score_learning_rate=-1.0 must be a finite number"),
+        (["--train_file", "{csv}", "--head_learning_rate", "nan"], "head_learning_rate=nan must be a finite number"),
+        (["--train_file", "{csv}", "--learning_rate", "-1"], "--learning_rate -1.0 must be a finite number of at"),
+        (["--train_file", "{csv}", "--learning_rate", "nan"], "--learning_rate nan must be a finite number of at"),
+        (["--train_file", "{csv}", "--adam_beta2", "1"], "--adam_beta2 1.0 must be in [0, 1); the default is 0.999"),
+        (
+            ["--train_file", "{csv}", "--per_device_train_batch_size", "0"],
+            "batch_size 0 must be at least 1; the default",
+        ),
+        (
+            ["--train_file", "{csv}", "--gradient_accumulation_steps", "0"],
+            "steps 0 must be at least 1; the default is 1",
+        ),
+        (["--train_file", "{csv}", "--max_steps", "0"], "--max_steps 0 must be at least 1, or -1 to go by --num_train"),
+        (
+            ["--train_file", "{csv}", "--num_train_epochs", "0"],
+            "--num_train_epochs 0.0 must be a finite number above 0",
+        ),
+        (["--train_file", "{csv}", "--accelerator_config", "absent.json"], "No such file or directory: 'absent.json'"),
+        (["--train_file", "{csv}", "--report_to", "wandb"], "wandb to be installed. Run `pip install wandb`"),
+        (
+            ["--train_file", "{csv}", "--optim", "adamw_tourch"],
+            "'adamw_tourch' is none of the {optimizers} optimizers; try adamw_torch or ",
+        ),
+        (
+            ["--train_file", "{csv}", "--optim", "zzz"],
+            "try adamw_torch or adafactor or sgd; see peft-pst train --help.",
+        ),
+        (
+            ["--train_file", "{csv}", "--lr_scheduler_kwargs", '{"zzz": 1}'],
+            "with --lr_scheduler_type linear and the options of both: get_linear_schedule_with_warmup() got an",
+        ),
+        (
+            ["--train_file", "{csv}", "--validation_file", "{csv}", "--metric_for_best_model", "f1"],
+            "--metric_for_best_model f1 is none of what evaluation reports: loss, accuracy.",
+        ),
+        (["--train_file", "{csv}", "--target_modules", "que[ry"], "'que[ry' is not a regular expression: unterminated"),
+        (["--train_file", "{csv}", "--exclude_modules", "("], "'(' is not a regular expression: missing )"),
+        (["--train_file", "{csv}", "--rank_pattern", '{"a(": 5}'], "'a(' is not a regular expression: missing )"),
         (["--train_file", "{csv}", "--resume_from_checkpoint", "true"], "holds no checkpoint; leave the option out"),
         (["--train_file", "{csv}", "--resume_from_checkpoint", "{folder}"], "is not a checkpoint of an adapter"),
         (["--train_file", "{csv}", "--model_name_or_path", "{folder}"], "could not be loaded:"),
@@ -504,7 +543,30 @@ def test_mistakes(
 ) -> None:
     filled = [argument.replace("{csv}", reviews).replace("{folder}", str(tmp_path)) for argument in arguments]
     output = tmp_path / "out"
+    message = message.replace("{optimizers}", str(len(OptimizerNames)))
     assert message in refused(capsys, train(bert, output, *filled), output)
+
+
+def test_mistake_that_shows_late_leaves_no_folder(
+    bert: str, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    late = ["--train_file", reviews, "--lr_scheduler_kwargs", '{"zzz": 1}']
+    assert "unexpected keyword argument 'zzz'" in refused(
+        capsys, train(bert, tmp_path / "new" / "out", *late), tmp_path / "new"
+    )
+    (tmp_path / "old").mkdir()
+    assert train(bert, tmp_path / "old", *late) == 2
+    assert (tmp_path / "old").is_dir()
+
+
+@pytest.mark.parametrize("name", ["pearson", "eval_spearman", "eval_loss"])
+def test_metrics_that_a_best_model_can_be_chosen_by(bert: str, tmp_path: Path, name: str) -> None:
+    file = tmp_path / "pairs.tsv"
+    file.write_text("text\tscore\ngood\t0.5\nbad\t1.5\nfine\t2.5\n", encoding="utf-8")
+    best = ["--eval_strategy", "steps", "--eval_steps", "3", "--save_steps", "3", "--load_best_model_at_end", "true"]
+    files = ["--train_file", str(file), "--validation_file", str(file)]
+    assert train(bert, tmp_path / "out", *files, *best, "--metric_for_best_model", name) == 0
+    assert read_json(tmp_path / "out" / "trainer_state.json")["best_metric"] is not None
 
 
 @pytest.mark.parametrize(
@@ -572,7 +634,22 @@ def test_model_without_tokenizer(bert: str, reviews: str, tmp_path: Path, capsys
 
 def test_output_that_is_a_file(bert: str, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(bert, Path(reviews) / "inside", "--train_file", reviews) == 2
-    assert "reviews.csv' is not a folder; name one with --output_dir" in capsys.readouterr().err
+    assert "reviews.csv' is not a folder; name another folder with --output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "report", "demo"])
+def test_place_where_nothing_can_be_written(
+    bert: str, reviews: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    if not Path("/proc").is_dir():
+        pytest.skip("needs a file system without new files that the superuser may write to")
+    output = Path("/proc/peft-pst")
+    status = {
+        "train": lambda: train(bert, output, "--train_file", reviews),
+        "report": lambda: peft_pst.cli.main(["report", bert, "--output", str(output)]),
+        "demo": lambda: peft_pst.cli.main(["demo", "--output", str(output)]),
+    }[command]()
+    assert "/proc/peft-pst" in refused(capsys, status, output)
 
 
 def test_folder_that_is_not_empty(bert: str, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

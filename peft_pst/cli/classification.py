@@ -11,7 +11,7 @@ from .data import Examples, TextData, glue_task, read_text_data
 from .errors import require
 from .job import Job
 from .labels import Labels
-from .metrics import compute_metrics
+from .metrics import compute_metrics, metric_names
 from .options import TrainOptions
 
 _DEFAULT_LENGTH = 128
@@ -28,7 +28,7 @@ def prepare_classification(options: TrainOptions) -> Job:
     base = load_base(options.model, data.labels)
     length = settle_length(options.data.max_length, _DEFAULT_LENGTH, base)
     splits = [_tokenise(examples, base.tokenizer, length) for examples in (data.train, data.validation, data.test)]
-    default_metric = "accuracy" if data.labels.names else "correlation"
+    metric = task.metric if task else "accuracy" if data.labels.names else "correlation"
     train, validation, test = splits
     return Job(
         base,
@@ -37,7 +37,8 @@ def prepare_classification(options: TrainOptions) -> Job:
         validation,
         test,
         collator=DataCollatorWithPadding(base.tokenizer),
-        compute_metrics=compute_metrics(task.metric if task else default_metric),
+        compute_metrics=compute_metrics(metric),
+        metric_names=metric_names(metric),
         facts=[*data.notes, *_facts(data, base, length, splits)],
     )
 

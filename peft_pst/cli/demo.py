@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from .console import quiet_transformers
 from .errors import UserError, require
 from .experiment import BASE_MODEL, Experiment, Settings
 from .parser import OneLineParser
-from .replace import replaced_folder
+from .replace import check_writable, replaced_folder
 from .report import print_text
 
 RESULTS_NAME = "results.json"
@@ -91,11 +90,7 @@ def check_output(output: Path) -> None:
     Raises:
         UserError: if `output` is a file, a folder with something else in it, or in a place that cannot be written to.
     """
-    parent = next(folder for folder in output.resolve().parents if folder.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise UserError(f"--output {output} cannot be written, because {parent} is no folder that takes new files.")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; pass a folder.")
+    check_writable(output, "output")
     if output.is_dir() and any(output.iterdir()) and not _is_demo_output(output):
         raise UserError(f"--output {output} holds something else than an earlier demo; pass a new or an empty folder.")
 

@@ -24,6 +24,7 @@ class Job:
         test: the one to predict, or None.
         collator: makes batches.
         compute_metrics: what evaluation reports beside the loss, or None.
+        metric_names: the names of that.
         facts: lines to tell the user before training.
     """
 
@@ -34,4 +35,5 @@ class Job:
     test: Any
     collator: DataCollator
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None
+    metric_names: list[str]
     facts: list[str]

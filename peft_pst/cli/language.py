@@ -63,7 +63,7 @@ def prepare_language_modelling(options: TrainOptions) -> Job:
         validation = pack(corpus.validation, base.tokenizer, length, options.data.max_eval_samples)
         sizes += f", {len(validation):,} validation"
     facts = [f"{sizes} blocks of {length} tokens"]
-    return Job(base, None, train, validation, None, default_data_collator, None, facts)
+    return Job(base, None, train, validation, None, default_data_collator, None, [], facts)
 
 
 def read_corpus(options: DataOptions) -> Corpus:

@@ -65,6 +65,17 @@ def compute_metrics(name: str) -> Callable[[EvalPrediction], Scores]:
     return lambda evaluation: metric(predicted(evaluation.predictions), np.asarray(evaluation.label_ids).reshape(-1))
 
 
+def metric_names(name: str) -> list[str]:
+    """What a metric of `METRICS` reports.
+
+    Example:
+        >>> metric_names("f1")
+        ['f1', 'accuracy']
+    """
+    sample = np.array([0, 1, 1])
+    return list(METRICS[name](sample, sample))
+
+
 def perplexity(loss: float) -> float:
     """exp of the mean loss a token; infinite where that overflows.
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from ..config import PSTConfig
 from .errors import UserError
 from .glue import GLUE_TASKS
 from .parser import OneLineParser
 from .pst_options import add_pst_options
+from .trainer_bounds import check_bounds
 
 Task = Literal["seq_cls", "causal_lm"]
 Problem = Literal["single_label_classification", "regression"]
@@ -110,8 +114,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         for name in ("score_learning_rate", "head_learning_rate"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name}={value} is negative; pass a learning rate of at least 0.")
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be a finite number of at least 0.")
 
 
 @dataclass
@@ -172,15 +176,27 @@ def parse(argv: Sequence[str]) -> TrainOptions:
     # After the options that are ours, so that --help ends with the long list and does not begin with it.
     parser.dataclass_types.append(TrainerOptions)
     parser._add_dataclass_arguments(TrainerOptions)
+    optimizer = parser._option_string_actions["--optim"]
+    optimizer.type, optimizer.choices, optimizer.metavar = _optimizer_name, None, "NAME"
     try:
         parsed = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True, look_for_args_file=False)
-    except (ValueError, ImportError) as error:  # what the Trainer's options refuse
+    except (ImportError, OSError, ValueError) as error:  # what the Trainer's options refuse
         raise UserError(error) from error
     model, data, run, training, *namespaces, unknown = parsed
     if unknown:
         parser.refuse(unknown[0])
+    check_bounds(training)
     given = {destinations[name]: value for namespace in namespaces for name, value in vars(namespace).items()}
     return TrainOptions(model, data, run, training, _pst_config(run.preset, given))
+
+
+def _optimizer_name(text: str) -> str:
+    """One of the Trainer's optimizers, of which there are too many to list them all."""
+    names = [str(name.value) for name in OptimizerNames]
+    if text in names:
+        return text
+    near = difflib.get_close_matches(text, names, n=3, cutoff=0.6) or ["adamw_torch", "adafactor", "sgd"]
+    raise argparse.ArgumentTypeError(f"{text!r} is none of the {len(names)} optimizers; try {' or '.join(near)}")
 
 
 def _pst_config(preset: str | None, given: dict[str, Any]) -> PSTConfig:

@@ -56,7 +56,7 @@ def _reader(type_: Any) -> dict[str, Any]:
     if typing.get_origin(type_) is Literal:
         return {"choices": typing.get_args(type_)}
     if typing.get_origin(type_) is dict:
-        return {"type": _json_object, "metavar": "JSON"}
+        return {"type": _by_module, "metavar": "JSON"}
     if list[int] in options:
         return {"type": int, "nargs": "+", "metavar": "N"}
     if list[str] in options:
@@ -68,14 +68,26 @@ def _reader(type_: Any) -> dict[str, Any]:
     return {"type": int if int in options else float}
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _by_module(text: str) -> dict[str, Any]:
+    """Values by module: a JSON object whose keys are names or regular expressions."""
     try:
         value = json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"output.dense": 0.5}}')
+    for key in value:
+        _check_pattern(key)
     return value
+
+
+def _check_pattern(text: str) -> None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a regular expression: {error}; write \\ before a sign that stands for itself"
+        ) from error
 
 
 def _bool_or_name(text: str) -> bool | str:
@@ -92,4 +104,8 @@ class _NamesOrPattern(argparse.Action):
         single = values[0] if len(values) == 1 else ""
         # PEFT matches a string in full and the names of a list as suffixes; "query" is meant as the latter.
         is_pattern = single == "all-linear" or re.search(r"[^\w.]", single)
+        try:
+            _check_pattern(single)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
         setattr(namespace, self.dest, single if is_pattern else values)

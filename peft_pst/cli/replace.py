@@ -1,12 +1,15 @@
-"""Writing a folder so that whoever looks finds the old one or the new one, and never half of one."""
+"""Folders to write: refused before any work where they cannot be made, and never seen half written."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import UserError
 
 
 @contextmanager
@@ -31,6 +34,45 @@ def replaced_folder(output: Path) -> Iterator[Path]:
         _swap(beside, output)
     finally:
         shutil.rmtree(beside, ignore_errors=True)  # it is gone unless something failed
+
+
+@contextmanager
+def no_folder_left_on_error(folder: Path) -> Iterator[None]:
+    """Remove a folder that the block made, and the ones above it, when the block ends with an error.
+
+    Args:
+        folder: one that is there already is left alone; a new one must be empty when the error comes.
+    """
+    new = [level for level in (folder, *folder.parents) if not level.exists()]
+    try:
+        yield
+    except BaseException:
+        for level in new:
+            if level.is_dir():
+                level.rmdir()
+        raise
+
+
+def check_writable(output: Path, option: str) -> None:
+    """Refuse a folder that cannot be made or written to, before any work is done.
+
+    Args:
+        output: the folder, which need not exist.
+        option: the option that names it, for the message.
+
+    Raises:
+        UserError: if no file can be made in it, or in the innermost folder above it that there is.
+    """
+    try:
+        existing = next(level for level in (output.absolute(), *output.absolute().parents) if level.exists())
+        # Permissions do not tell: the superuser has all, and still makes no folder in /proc.
+        with tempfile.TemporaryFile(dir=existing):
+            return
+    except NotADirectoryError:
+        problem = f"{str(existing)!r} is not a folder"
+    except OSError as error:
+        problem = str(error.strerror)
+    raise UserError(f"cannot write to {str(output)!r}: {problem}; name another folder with --{option}.")
 
 
 def _swap(new: Path, output: Path) -> None:

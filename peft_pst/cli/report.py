@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from ..report import LayerSparsity, SparsityReport, checkpoint_weight, report_ch
 from .errors import UserError, require
 from .loading import is_adapter, load_adapted_model
 from .parser import OneLineParser
+from .replace import check_writable
 
 DESCRIPTION = """\
 Count the zeros in the tensors of a PST adapter (on its base model) or of a safetensors checkpoint, layer by layer,
@@ -164,16 +164,3 @@ def write_report(
         plot_kept_weights(mask, output / "kept_weights.png", title=layer_name),
     ]
     return [*written, plot_training(history, output / "training.png")] if history else written
-
-
-def check_writable(output: Path, option: str) -> None:
-    """Refuse a folder that cannot be made or written to, before any work is done."""
-    existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        raise UserError(
-            f"cannot write to {str(output)!r}: {str(existing)!r} is not a folder; name one with --{option}."
-        )
-    if not os.access(existing, os.W_OK):
-        raise UserError(
-            f"cannot write to {str(output)!r}: {str(existing)!r} is read-only; name a folder with --{option}."
-        )

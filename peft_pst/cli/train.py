@@ -26,7 +26,8 @@ from .labels import Labels
 from .language import prepare_language_modelling
 from .metrics import perplexity, predicted
 from .options import TrainOptions, parse
-from .report import check_writable, print_text, write_report
+from .replace import check_writable, no_folder_left_on_error
+from .report import print_text, write_report
 from .trainer import PSTTrainer
 
 PREDICTIONS_NAME = "test_predictions.tsv"
@@ -108,6 +109,10 @@ def _check_evaluation(options: TrainOptions, job: Job) -> None:
             f"--eval_strategy {strategy.value} needs data to evaluate on; pass --validation_file or a data set with a "
             "split 'validation'."
         )
+    metric = options.training.metric_for_best_model
+    names = ["loss", *job.metric_names]
+    if metric is not None and metric.removeprefix("eval_") not in names:
+        raise UserError(f"--metric_for_best_model {metric} is none of what evaluation reports: {', '.join(names)}.")
 
 
 def _make_trainer(model: PeftModel, job: Job, options: TrainOptions) -> PSTTrainer:
@@ -116,18 +121,21 @@ def _make_trainer(model: PeftModel, job: Job, options: TrainOptions) -> PSTTrain
     if options.training.device.type == "cpu":
         options.training.dataloader_pin_memory = False  # torch would warn at every evaluation
     try:
-        return PSTTrainer(
-            run=options.run,
-            labels=job.labels,
-            model=model,
-            args=options.training,
-            train_dataset=job.train,
-            eval_dataset=job.validation,
-            data_collator=job.collator,
-            processing_class=job.base.tokenizer,
-            compute_metrics=job.compute_metrics,
-        )
-    except ValueError as error:
+        with no_folder_left_on_error(options.output_dir):  # the Trainer makes it at once
+            trainer = PSTTrainer(
+                run=options.run,
+                labels=job.labels,
+                model=model,
+                args=options.training,
+                train_dataset=job.train,
+                eval_dataset=job.validation,
+                data_collator=job.collator,
+                processing_class=job.base.tokenizer,
+                compute_metrics=job.compute_metrics,
+            )
+            trainer.check_optimizer()
+            return trainer
+    except (RuntimeError, ValueError) as error:
         raise UserError(error) from error
 
 

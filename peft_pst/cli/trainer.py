@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..callback import PSTCallback
@@ -65,6 +66,24 @@ class PSTTrainer(Trainer):
                     "cannot be kept; leave them out or choose another optimizer."
                 )
         return super().create_optimizer(model)
+
+    def check_optimizer(self) -> None:
+        """Make the optimizer and the schedule of its learning rate once, before anything depends on them.
+
+        Raises:
+            UserError: if one of them cannot be made, be it for a missing package or for what its options say.
+        """
+        try:
+            self.create_optimizer_and_scheduler(num_training_steps=1)
+        except (ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            optimizer, schedule = (
+                OptimizerNames(self.args.optim).value,
+                SchedulerType(self.args.lr_scheduler_type).value,
+            )
+            raise UserError(
+                f"--optim {optimizer} with --lr_scheduler_type {schedule} and the options of both: {error}"
+            ) from error
+        self.optimizer = self.lr_scheduler = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter, the tokenizer, the labels, and the Trainer's options as JSON."""
