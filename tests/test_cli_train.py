@@ -253,6 +253,23 @@ def test_classifier_without_pad_token(gpt2: str, reviews: str, tmp_path: Path) -
     assert read_json(output / "all_results.json")["eval_accuracy"] == pytest.approx(right / len(ROWS))
 
 
+def test_selected_layers(bert: str, reviews: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    chosen = ["--layers_to_transform", "1", "--layers_pattern", "layer", "--exclude_modules", "attention.self.key"]
+    ranks = ["--rank_pattern", '{"output.dense": 4, "1.attention.self.query": 3}', "--modules_to_save", "pooler"]
+    assert train(bert, output, "--train_file", reviews, *chosen, *ranks) == 0
+    state = load_file(output / "adapter_model.safetensors")
+    ranks_saved = {name.split("layer.")[1]: u.shape[1] for name, u in state.items() if name.endswith("pst_U")}
+    assert ranks_saved == {
+        "1.attention.self.query.pst_U": 3,
+        "1.attention.self.value.pst_U": 2,
+        "1.attention.output.dense.pst_U": 4,
+        "1.intermediate.dense.pst_U": 2,
+        "1.output.dense.pst_U": 4,
+    }
+    assert "base_model.model.bert.pooler.dense.weight" in state
+
+
 def test_modules_that_start_at_random_are_saved(masked_bert: str, reviews: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert train(masked_bert, output, "--train_file", reviews) == 0
@@ -467,11 +484,41 @@ def refused(capsys: pytest.CaptureFixture[str], status: int, output: Path) -> st
         ),
         (
             ["--train_file", "{csv}", "--target_modules", "qwery"],
-            "--target_modules qwery matches no layer",
+            "--target_modules qwery leaves no layer to adapt; the blocks of the model hold attention.output.dense, ",
         ),
         (
             ["--train_file", "{csv}", "--target_modules", "query", "qwery"],
             "'qwery' matches no layer",
+        ),
+        (["--train_file", "{csv}", "--exclude_modules", ".*"], "--exclude_modules .* leaves no layer to adapt; the"),
+        (["--train_file", "{csv}", "--exclude_modules", "quary"], "'quary' is no module of the model; try query."),
+        (["--train_file", "{csv}", "--exclude_modules", "qu.*"], "--exclude_modules 'qu.*' matches no module by its"),
+        (["--train_file", "{csv}", "--modules_to_save", "poler"], "'poler' is no module of the model; try pooler."),
+        (
+            ["--train_file", "{csv}", "--sparsity_pattern", '{"quary": 0.5}'],
+            "--sparsity_pattern: 'quary' matches none of",
+        ),
+        (
+            ["--train_file", "{csv}", "--sparsity_pattern", '{"query": 0.5, "zzz": 0.5}'],
+            "--sparsity_pattern: 'zzz' match",
+        ),
+        (["--train_file", "{csv}", "--rank_pattern", '{"zzz": 5}'], "--rank_pattern: 'zzz' matches none of the 12"),
+        (["--train_file", "{csv}", "--score_rank_pattern", '{"zzz": 5}'], "--score_rank_pattern: 'zzz' matches none"),
+        (
+            ["--train_file", "{csv}", "--target_modules", "key", "--rank_pattern", '{"query": 5}'],  # not adapted
+            "--rank_pattern: 'query' matches none of the 2 adapted layers; try attention.self.key.",
+        ),
+        (
+            ["--train_file", "{csv}", "--layers_to_transform", "9"],
+            "--layers_to_transform 9: the model has 2 blocks, co",
+        ),
+        (
+            ["--train_file", "{csv}", "--layers_to_transform", "1", "2"],
+            "--layers_to_transform 2: the model has 2 blocks",
+        ),
+        (
+            ["--train_file", "{csv}", "--layers_to_transform", "0", "--layers_pattern", "blok"],
+            "--layers_pattern blok finds no blocks in the model; it has layer.",
         ),
         (["--train_file", "{csv}", "--problem", "regression"], "row 1: label 'pos' is not a finite number"),
         (["--train_file", "{csv}", "--max_length", "33"], "--max_length 33 is more than the 32 tokens"),
