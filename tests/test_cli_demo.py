@@ -21,6 +21,7 @@ from peft_pst.cli.bbc_news import Document, split
 from peft_pst.cli.demo import PROGRAM, check_output, parse, remarks, results_table
 from peft_pst.cli.errors import UserError
 from peft_pst.cli.experiment import Experiment, Settings
+from peft_pst.report import SparsityReport
 
 WORDS = {"sport": "goal match team cup", "money": "bank profit share fund", "film": "actor scene screen award"}
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -134,10 +135,16 @@ class TestExperiment:
         promised = "\n".join(remarks(results, Path("x")))
         for path in experiment.folder.iterdir():
             assert path.name in promised or path.name == "held_out.jsonl"
-        for picture in experiment.folder.glob("*.png"):
-            assert picture.read_bytes().startswith(b"\x89PNG")
-        assert len(list(experiment.folder.glob("*.png"))) == 3
-        assert str(experiment.folder) not in (experiment.folder / "sparsity.json").read_text()
+
+    def test_report_has_the_files_of_the_other_commands(self, experiment, results):
+        folder = experiment.folder / "report"
+        pictures = {"layer_sparsity.png", "kept_weights.png", "training.png"}
+        assert {file.name for file in folder.iterdir()} == {"report.json", *pictures}
+        assert all((folder / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+        report = SparsityReport.load(folder / "report.json")
+        assert report.source == "pruned-model"
+        assert report.zeros == results["zeros"]
+        assert not list(experiment.folder.glob("*.png"))
 
     def test_same_seed_same_numbers(self, experiment, results, tmp_path):
         again = dataclasses.replace(experiment, folder=tmp_path)

@@ -14,7 +14,7 @@ from .errors import UserError, require
 from .experiment import BASE_MODEL, Experiment, Settings
 from .parser import OneLineParser
 from .replace import check_writable, replaced_folder
-from .report import print_text
+from .report import REPORT_FOLDER, print_text
 
 RESULTS_NAME = "results.json"
 PROGRAM = "peft-pst demo"
@@ -150,5 +150,6 @@ def remarks(results: dict[str, Any], output: Path) -> list[str]:
         "  pruned-model/     loads with AutoModelForSequenceClassification.from_pretrained",
         "  adapter/          loads with PeftModel.from_pretrained, after import peft_pst",
         "  reload_pruned.py  the program that ran in the new process",
-        "  training.png, layers.png, kept_weights.png, sparsity.json, results.json",
+        f"  {REPORT_FOLDER}/           report.json, and pictures of training, layers and kept weights",
+        f"  {RESULTS_NAME}      the figures above",
     ]

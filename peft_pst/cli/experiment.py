@@ -32,10 +32,10 @@ from transformers import (
 
 from .. import PSTCallback, PSTConfig, __version__, create_pst_optimizer
 from ..model import pst_layers
-from ..plots import plot_kept_weights, plot_layer_sparsity, plot_training
 from ..report import REPORT_NAME, SparsityReport, report_checkpoint, report_model
 from . import reload_pruned
 from .bbc_news import Document, Split
+from .report import REPORT_FOLDER, write_report
 
 BASE_MODEL = "all-MiniLM-L6-v2"
 
@@ -97,7 +97,9 @@ class Experiment:
         dense = self.fine_tune_densely()
         pst = self.fine_tune_with_pst()
         report = self.merge(pst.model)
-        self.draw(pst, report)
+        layer = next(pst_layers(pst.model))
+        mask = layer.get_mask("default")
+        write_report(self.folder / REPORT_FOLDER, report, mask, layer.module_name, pst.log_history)
         reloaded = self.reload()
         truth = [document.label for document in self.data.held_out]
         return {
@@ -223,16 +225,7 @@ class Experiment:
         merged.save_pretrained(str(pruned))
         self._tokenizer.save_pretrained(str(pruned))
         report_model(trained).save(pruned / REPORT_NAME)
-        report = replace(report_checkpoint(pruned), source=pruned.name)
-        report.save(self.folder / "sparsity.json")
-        return report
-
-    def draw(self, pst: Outcome, report: SparsityReport) -> None:
-        """Write the pictures."""
-        plot_training(pst.log_history, self.folder / "training.png")
-        plot_layer_sparsity(report, self.folder / "layers.png")
-        layer = next(pst_layers(pst.model))
-        plot_kept_weights(layer.get_mask("default"), self.folder / "kept_weights.png", title=layer.module_name)
+        return replace(report_checkpoint(pruned), source=pruned.name)
 
     def reload(self) -> list[str]:
         """Label the held-out documents with the pruned model, in a new process that cannot import this package."""

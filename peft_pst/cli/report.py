@@ -27,6 +27,8 @@ Count the zeros in the tensors of a PST adapter (on its base model) or of a safe
 against the target. Prints a table; writes report.json and pictures: the sparsity of every layer, the kept weights of
 one layer, and, where there is a trainer_state.json, the training run."""
 
+REPORT_FOLDER = "report"
+
 # What stands in for the table's signs on terminals without Unicode.
 _PLAIN = str.maketrans({"━": "#", "╸": "#", "─": "-", "✓": "ok", "✗": "!!", "…": "~"})
 
@@ -38,7 +40,7 @@ def run(arguments: Sequence[str]) -> None:
     path = Path(options.path)
     if not path.exists():
         raise UserError(f"{str(path)!r} does not exist; pass the folder of an adapter or of a checkpoint.")
-    output = Path(options.output or (path.parent if path.is_file() else path) / "report")
+    output = Path(options.output or (path.parent if path.is_file() else path) / REPORT_FOLDER)
     check_writable(output, "output")
     history = _log_history(path)
     report, read_mask = _read(path, options.base_model)
@@ -93,7 +95,9 @@ def _parser() -> OneLineParser:
     parser.add_argument(
         "--base_model", "--base-model", metavar="BASE", help="base model of the adapter, folder or name"
     )
-    parser.add_argument("--output", metavar="DIR", help="where to write (default: the folder `report` inside PATH)")
+    parser.add_argument(
+        "--output", metavar="DIR", help=f"where to write (default: the folder `{REPORT_FOLDER}` inside PATH)"
+    )
     parser.add_argument("--layer", metavar="NAME", help="layer whose kept weights are drawn (default: the first)")
     parser.add_argument("--all", action="store_true", help="one line for every layer, not for every kind of layer")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")

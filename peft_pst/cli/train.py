@@ -27,11 +27,10 @@ from .language import prepare_language_modelling
 from .metrics import perplexity, predicted
 from .options import TrainOptions, parse
 from .replace import check_writable, no_folder_left_on_error
-from .report import print_text, write_report
+from .report import REPORT_FOLDER, print_text, write_report
 from .trainer import PSTTrainer
 
 PREDICTIONS_NAME = "test_predictions.tsv"
-REPORT_FOLDER = "report"
 
 
 def run(argv: list[str]) -> None:
