@@ -6,7 +6,7 @@ import os
 # imported, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from hypothesis import settings  # noqa: E402
+from hypothesis import settings
 
 # A busy machine is no failure: timings never decide a test.
 settings.register_profile("untimed", deadline=None)
