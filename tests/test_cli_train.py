@@ -490,6 +490,11 @@ def refused(capsys: pytest.CaptureFixture[str], status: int, output: Path) -> st
             ["--train_file", "{csv}", "--target_modules", "query", "qwery"],
             "'qwery' matches no layer",
         ),
+        (["--train_file", "{csv}", "--rank_pattern", '{"sel.kei": 5}'], "adapted layers; try key."),
+        (
+            ["--train_file", "{csv}", "--modules_to_save", "zzz"],
+            "; try bert.pooler or bert.pooler.dense or classifier.",
+        ),
         (["--train_file", "{csv}", "--exclude_modules", ".*"], "--exclude_modules .* leaves no layer to adapt; the"),
         (["--train_file", "{csv}", "--exclude_modules", "quary"], "'quary' is no module of the model; try query."),
         (["--train_file", "{csv}", "--exclude_modules", "qu.*"], "--exclude_modules 'qu.*' matches no module by its"),

@@ -87,14 +87,14 @@ def _check_excluded(excluded: set[str] | list[str] | str | None, model: nn.Modul
 
 def _check_saved(saved: Sequence[str], model: nn.Module) -> None:
     names = [name for name, _ in model.named_modules() if name]
-    outside = [name for name, module in model.named_modules() if _holds_parameters(module) and not _is_in_block(name)]
+    outside = [name for name in names if _holds_parameters(model.get_submodule(name)) and not _is_in_block(name)]
     for name in saved:
         if not _is_part_of(name, names):
             raise UserError(f"--modules_to_save: {name!r} is no module of the model; try {_nearest(name, outside)}.")
 
 
 def _holds_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(recurse=False), None) is not None
+    return next(module.parameters(), None) is not None
 
 
 def _is_in_block(name: str) -> bool:
@@ -139,7 +139,7 @@ def _check_pattern_keys(option: str, pattern: Iterable[str], adapted: Sequence[s
 
 
 def _nearest(name: str, names: Sequence[str], count: int = 3) -> str:
-    """The parts of names that are most like its last part, else the last names."""
-    parts = dict.fromkeys(part for name in names for part in name.split(".") if not part.isdigit())
-    close = difflib.get_close_matches(name.rpartition(".")[2], parts, n=count)
+    """The endings of names that are most like its own, else the last names."""
+    endings = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    close = difflib.get_close_matches(name.rpartition(".")[2], endings, n=count, cutoff=0.65)
     return " or ".join(close or names[-count:])
