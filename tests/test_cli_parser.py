@@ -16,16 +16,12 @@ REQUIRED = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
-    ("argument", "hint"),
-    [("--zzz", "see peft-pst {command} --help."), ("--outpu", "see peft-pst {command} --help."), ("--hel", "--help?")],
+    ("argument", "hint"), [("--zzz", "see peft-pst {command} --help."), ("--hel", "did you mean --help?")]
 )
 def test_an_option_is_never_guessed(command: str, argument: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, *REQUIRED[command], argument]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"peft-pst {command}: error: {argument} is not an option; ")
-    assert error.count("\n") == 1
-    if argument != "--outpu":  # some commands have an option as close as that
-        assert error.endswith(f"{hint.format(command=command)}\n")
+    says = f"{argument} is not an option; {hint.format(command=command)}"
+    assert capsys.readouterr().err == f"peft-pst {command}: error: {says}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -548,7 +548,6 @@ def refused(capsys: pytest.CaptureFixture[str], status: int, output: Path) -> st
             "--num_train_epochs 0.0 must be a finite number above 0",
         ),
         (["--train_file", "{csv}", "--accelerator_config", "absent.json"], "No such file or directory: 'absent.json'"),
-        (["--train_file", "{csv}", "--report_to", "wandb"], "wandb to be installed. Run `pip install wandb`"),
         (
             ["--train_file", "{csv}", "--optim", "adamw_tourch"],
             "'adamw_tourch' is none of the {optimizers} optimizers; try adamw_torch or ",
@@ -597,6 +596,15 @@ def test_mistakes(
     output = tmp_path / "out"
     message = message.replace("{optimizers}", str(len(OptimizerNames)))
     assert message in refused(capsys, train(bert, output, *filled), output)
+
+
+def test_integration_that_is_not_installed(
+    bert: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    output = tmp_path / "out"
+    status = train(bert, output, "--train_file", reviews, "--report_to", "wandb")
+    assert "requires wandb to be installed. Run `pip install wandb`" in refused(capsys, status, output)
 
 
 def test_mistake_that_shows_late_leaves_no_folder(

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
@@ -41,15 +41,16 @@ def no_folder_left_on_error(folder: Path) -> Iterator[None]:
     """Remove a folder that the block made, and the ones above it, when the block ends with an error.
 
     Args:
-        folder: one that is there already is left alone; a new one must be empty when the error comes.
+        folder: one that is there already is left alone, and so is a new one that holds something.
     """
     new = [level for level in (folder, *folder.parents) if not level.exists()]
     try:
         yield
     except BaseException:
         for level in new:
-            if level.is_dir():
-                level.rmdir()
+            with suppress(FileNotFoundError):  # never made, or removed by another process that failed too
+                if not any(level.iterdir()):
+                    level.rmdir()
         raise
 
 
