@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from peft.config import PeftConfig
 
+from .schedule import COOLDOWN_RATIO, WARMUP_RATIO, check_sparsity
+
 
 class PSTPeftType(str, enum.Enum):  # noqa: UP042  # of the same make as PEFT's own
     """The method's type in PEFT's mappings; PEFT's own enum is closed to other packages."""
@@ -84,8 +86,10 @@ class PSTConfig(PeftConfig):
     beta: float = field(default=1.0, metadata={"help": "Scale of the weight update."})
     alpha1: float = field(default=1.0, metadata={"help": "Scale of the low-rank importance."})
     alpha2: float = field(default=1.0, metadata={"help": "Scale of the structured importance."})
-    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps at the initial sparsity."})
-    cooldown_ratio: float = field(default=0.3, metadata={"help": "Share of the steps at the target sparsity."})
+    warmup_ratio: float = field(default=WARMUP_RATIO, metadata={"help": "Share of the steps at the initial sparsity."})
+    cooldown_ratio: float = field(
+        default=COOLDOWN_RATIO, metadata={"help": "Share of the steps at the target sparsity."}
+    )
     total_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps of the whole run; PSTCallback fills it in when left open."}
     )
@@ -174,11 +178,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_sparsity(name: str, value: object) -> None:
-    if not _is_number(value) or not 0.0 <= value < 1.0:  # type: ignore[operator]
-        raise ValueError(f"{name}={value!r} is outside [0, 1); 0.9 means that nine of ten weights are zero.")
-
-
 def _check_rank(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{name}={value!r} is not a rank; pass an integer of at least 0.")
@@ -198,11 +197,11 @@ def _check_kinds(config: PSTConfig) -> None:
 
 
 def _check_sparsities(config: PSTConfig) -> None:
-    _check_sparsity("target_sparsity", config.target_sparsity)
-    _check_sparsity("initial_sparsity", config.initial_sparsity)
+    check_sparsity("target_sparsity", config.target_sparsity)
+    check_sparsity("initial_sparsity", config.initial_sparsity)
     targets = {"target_sparsity": config.target_sparsity}
     for key, value in config.sparsity_pattern.items():
-        _check_sparsity(f"sparsity_pattern[{key!r}]", value)
+        check_sparsity(f"sparsity_pattern[{key!r}]", value)
         targets[f"sparsity_pattern[{key!r}]"] = value
     for name, target in targets.items():
         if config.initial_sparsity > target:

@@ -435,15 +435,17 @@ def _features(base: Any) -> tuple[int, int]:
     return base.in_features, base.out_features
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module, parent: nn.Module) -> bool:
     """Whether a module is a linear map of its own, and not a store of weights that its parent reads past any adapter.
 
-    The latter is the output projection of `nn.MultiheadAttention`, which has a class of its own.
+    The latter are the output projection of `nn.MultiheadAttention`, which has a class of its own, and the linears of
+    `nn.TransformerEncoderLayer`, which it does not call in evaluation.
     """
-    stored = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    projection = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    stored = projection or isinstance(parent, nn.TransformerEncoderLayer)
     return isinstance(module, (nn.Linear, Conv1D)) and not stored
 
 
-def supports(base: Any) -> bool:
+def supports(base: Any, parent: nn.Module) -> bool:
     """Whether a layer can be adapted: a linear map whose weight is stored as real numbers, not quantised."""
-    return is_linear(base) and base.weight.dtype.is_floating_point
+    return is_linear(base, parent) and base.weight.dtype.is_floating_point

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .schedule import check_sparsity
+
 NAN_MESSAGE = "The scores hold a NaN, which has no rank; look for a NaN in the weights, the adapter or the loss."
 
 
@@ -36,8 +38,7 @@ def num_pruned(numel: int, sparsity: float) -> int:
     """
     if numel < 0:
         raise ValueError(f"numel={numel} is negative; pass the number of weights.")
-    if not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"sparsity={sparsity} is outside [0, 1); 0.9 means that nine of ten weights are zero.")
+    check_sparsity("sparsity", sparsity)
     product = numel * sparsity
     nearest = round(product)
     # Decimal fraction, rounded to float64, times an integer, rounded again: two roundings of half an ulp each.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .layer import LayerPlan, PSTLayer, PSTLinear, ScheduleStatus, supports
@@ -108,14 +108,14 @@ class PSTModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        counts, factors = set(), {}
+        counts, factors = set(), set()
         for key in remapped:
             layer, _, part = key.removesuffix(f".{adapter_name}").rpartition(".")
             if part == "pst_num_pruned":
                 counts.add(layer)
             elif part in PSTLayer.adapter_layer_names:
-                factors[layer] = key
-        missing = factors.keys() - counts
+                factors.add(layer)
+        missing = factors - counts
         if missing:
             raise ValueError(
                 f"The adapter's tensors lack pst_num_pruned, the number of zeros, for {len(missing)} layers, such as "
@@ -140,16 +140,12 @@ def _check_supported(target: nn.Module, parent: nn.Module, name: str) -> None:
             f"Module {name} already carries a {type(target).__module__} adapter. PST replaces the base weight by a "
             "masked one and cannot be nested; merge or unload the other adapter first, or exclude the module."
         )
-    if not supports(target):
+    if not supports(target, parent):
         raise ValueError(
             f"Target module {name} ({type(target).__name__}) is not supported. PST adapts torch.nn.Linear and "
-            "transformers' Conv1D with floating-point weights, except inside torch.nn.MultiheadAttention; take it out "
-            "of target_modules or dequantise it."
-        )
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        raise ValueError(
-            f"Target module {name} belongs to a torch.nn.TransformerEncoderLayer, which in evaluation reads the weight "
-            "of its linear layers without calling them, so that an adapter would have no effect; leave it out."
+            "transformers' Conv1D with floating-point weights, except inside torch.nn.MultiheadAttention and "
+            "torch.nn.TransformerEncoderLayer, which read the weights without calling the layer, so that an adapter "
+            "would have no effect; take it out of target_modules or dequantise it."
         )
 
 
@@ -253,7 +249,7 @@ def _warn_about_unmatched_patterns(config: Any, module_names: list[str]) -> None
         unmatched = [
             key
             for key in getattr(config, field)
-            if not any(re.match(rf"(.*\.)?({key})$", name) for name in module_names)
+            if not any(get_pattern_key([key], name) == key for name in module_names)
         ]
         if unmatched:
             warnings.warn(

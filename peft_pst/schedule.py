@@ -2,6 +2,28 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
+WARMUP_RATIO = 0.1
+COOLDOWN_RATIO = 0.3
+
+
+def check_sparsity(name: str, value: float) -> None:
+    """Refuse what is no sparsity, under the name that its user knows it by.
+
+    Raises:
+        ValueError: if `value` is no number, or outside [0, 1).
+
+    Example:
+        >>> check_sparsity("target_sparsity", 1.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: target_sparsity=1.5 is outside [0, 1); 0.9 means that nine of ten weights are zero.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}={value!r} is outside [0, 1); 0.9 means that nine of ten weights are zero.")
+
 
 def cubic_sparsity(
     step: int,
@@ -9,8 +31,8 @@ def cubic_sparsity(
     *,
     target_sparsity: float,
     initial_sparsity: float = 0.0,
-    warmup_ratio: float = 0.1,
-    cooldown_ratio: float = 0.3,
+    warmup_ratio: float = WARMUP_RATIO,
+    cooldown_ratio: float = COOLDOWN_RATIO,
 ) -> float:
     """Sparsity in force after `step` finished optimizer steps.
 
@@ -44,9 +66,8 @@ def cubic_sparsity(
         raise ValueError(f"step={step} is negative; pass the number of finished optimizer steps.")
     if total_steps < 1:
         raise ValueError(f"total_steps={total_steps} is below 1; pass the number of optimizer steps of the whole run.")
-    for name, sparsity in (("target_sparsity", target_sparsity), ("initial_sparsity", initial_sparsity)):
-        if not 0.0 <= sparsity < 1.0:
-            raise ValueError(f"{name}={sparsity} is outside [0, 1); 0.9 means that nine of ten weights are zero.")
+    check_sparsity("target_sparsity", target_sparsity)
+    check_sparsity("initial_sparsity", initial_sparsity)
     if min(warmup_ratio, cooldown_ratio) < 0:
         raise ValueError(f"warmup_ratio={warmup_ratio} or cooldown_ratio={cooldown_ratio} is negative.")
     if warmup_ratio + cooldown_ratio > 1:

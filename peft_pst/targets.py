@@ -41,8 +41,7 @@ def find_block_linears(model: nn.Module) -> list[str]:
         # The outermost block: experts are blocks within blocks, and belong to the layer that holds them.
         block = min((block for block in blocks if name.startswith(block)), key=len, default=None)
         parent = model.get_submodule(name.rpartition(".")[0])
-        bypassed = isinstance(parent, nn.TransformerEncoderLayer)  # reads the weight without calling the layer
-        if block is not None and is_linear(_base_of(module)) and not bypassed:
+        if block is not None and is_linear(_base_of(module), parent):
             inside[name] = name.removeprefix(block)
         else:
             outside.append(name)
