@@ -6,8 +6,22 @@ import os
 # imported, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 from hypothesis import settings
+from tiny_checkpoints import save_bert, save_gpt2
 
 # A busy machine is no failure: timings never decide a test.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny BERT with its tokenizer."""
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny GPT-2 with its tokenizer."""
+    return save_gpt2(tmp_path_factory.mktemp("gpt2"))

@@ -7,14 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import save_bert, save_gpt2, save_tokenizer
+from tiny_checkpoints import save_bert, save_tokenizer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -32,25 +31,6 @@ from peft_pst.masking import num_pruned
 
 TEXTS = ["the film was good", "a plot"]
 LABELS = Labels("single_label_classification", ("bad", "fair", "good"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(scope="session")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_gpt2(tmp_path_factory.mktemp("gpt2"))
 
 
 def add_adapter(base: PreTrainedModel, folder: Path, pruned: bool = True, seed: int = 0, **config: object) -> PeftModel:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -15,7 +14,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from sklearn.metrics import matthews_corrcoef
-from tiny_checkpoints import WORDS, save_bert, save_gpt2, save_masked_bert
+from tiny_checkpoints import WORDS, save_masked_bert
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
@@ -35,28 +34,9 @@ GOOD, BAD = ("good", "great", "fine"), ("bad", "dull", "poor")
 ROWS = [(f"the {noun} was {word}", word in GOOD) for noun in ("film", "plot", "cast") for word in (*GOOD, *BAD)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_bert(tmp_path_factory.mktemp("bert"))
-
-
 @pytest.fixture(scope="session")
 def masked_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_masked_bert(tmp_path_factory.mktemp("masked-bert"))
-
-
-@pytest.fixture(scope="session")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_gpt2(tmp_path_factory.mktemp("gpt2"))
 
 
 @pytest.fixture
