@@ -115,6 +115,6 @@ def _check_lengths(model: Any, sources: Sequence[str], prompts: list[list[int]],
     if limit is None or longest is None or len(prompts[longest]) + max_new_tokens <= limit:
         return
     raise UserError(
-        f"the source {sources[longest][:60]!r} takes {len(prompts[longest])} tokens; with "
-        f"max_new_tokens={max_new_tokens} that is more than the {limit} that the model can read; lower max_new_tokens or shorten the source."
+        f"the source {sources[longest][:60]!r} takes {len(prompts[longest])} tokens; with {max_new_tokens=} that is "
+        f"more than the {limit} that the model can read; lower max_new_tokens or shorten the source."
     )

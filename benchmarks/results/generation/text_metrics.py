@@ -65,7 +65,7 @@ def score(
     Example:
         >>> texts = ["A red cat sat on the mat.", "Two old dogs ran to the park."]
         >>> {name: round(value, 1) for name, value in score(texts, [[text] for text in texts]).items()}
-        {'BLEU': 100.0, 'NIST': 3.8, 'METEOR': 99.9, 'ROUGE-L': 100.0, 'CIDEr': 10.0, 'TER': 0.0}
+        {'BLEU': 100.0, 'NIST': 3.9, 'METEOR': 99.9, 'ROUGE-L': 100.0, 'CIDEr': 10.0, 'TER': 0.0}
     """
     _check(hypotheses, references)
     tokens = [tokenise(text) for text in hypotheses]
