@@ -42,6 +42,10 @@ class PSTConfig(PeftConfig):
         warmup_ratio: share of the steps at the initial sparsity, in [0, 1].
         cooldown_ratio: share of the steps at the target sparsity, in [0, 1]; at most 1 together with the warm-up.
         total_steps: optimizer steps of the whole run; `PSTCallback` fills it in when it is None.
+        mask_interval: optimizer steps from one selection of the mask to the next, at least 1. At 1 the mask follows
+            the scores at every step. Above, the sparsity moves and the mask is selected at multiples of the interval
+            only (and when the target is reached); None selects only when the sparsity moves, so that a mask pruned
+            once is held while retraining. A mask that is held is part of the adapter's state, at one bit per weight.
         init_weights: how U and A start. True or "fan_in": N(0, 1 / in_features); "paper": N(0, 1), as published; the
             rest starts at zero, so the model starts unchanged. False: everything random, for tests; with r = 0 such
             an adapter also starts at its target sparsity, or it would change nothing.
@@ -93,6 +97,10 @@ class PSTConfig(PeftConfig):
     total_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps of the whole run; PSTCallback fills it in when left open."}
     )
+    mask_interval: int | None = field(
+        default=1,
+        metadata={"help": "Steps from one selection of the mask to the next; None: only when the sparsity moves."},
+    )
     init_weights: bool | InitWeights = field(
         default=True,
         metadata={
@@ -136,6 +144,11 @@ class PSTConfig(PeftConfig):
         default_factory=dict, metadata={"help": "score_rank by module name or regular expression."}
     )
 
+    @property
+    def holds_mask(self) -> bool:
+        """Whether the mask in force is state of its own rather than a function of the current scores."""
+        return self.mask_interval != 1
+
     @classmethod
     def paper(cls, **overrides: Any) -> PSTConfig:
         """The whole setting of the paper, whatever the defaults of this package become.
@@ -155,6 +168,7 @@ class PSTConfig(PeftConfig):
             "alpha2": 1.0,
             "warmup_ratio": 0.1,
             "cooldown_ratio": 0.3,
+            "mask_interval": 1,
             "init_weights": "paper",
         }
         return cls(**{**setting, **overrides})
@@ -253,6 +267,12 @@ def _check_schedule(config: PSTConfig) -> None:
     total = config.total_steps
     if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 1):
         raise ValueError(f"total_steps={total!r} is not a number of steps; pass an integer of at least 1, or None.")
+    interval = config.mask_interval
+    if interval is not None and (not isinstance(interval, int) or isinstance(interval, bool) or interval < 1):
+        raise ValueError(
+            f"mask_interval={interval!r} is not a number of steps; pass an integer of at least 1, or None to hold the "
+            "mask while the sparsity stays."
+        )
 
 
 def _check_choices(config: PSTConfig) -> None:

@@ -12,6 +12,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .layer import LayerPlan, PSTLayer, PSTLinear, ScheduleStatus, supports
+from .masking import num_pruned
 from .schedule import cubic_sparsity
 from .targets import find_block_linears
 
@@ -187,9 +188,20 @@ def update_sparsity(model: nn.Module, step: int, total_steps: int | None = None)
         planned.append((layer, name, _scheduled_sparsity(layer.pst_plans[name], step, total_steps)))
     # All or nothing: whatever may be refused has been by now.
     for layer, name, sparsity in planned:
-        layer.set_sparsity(name, sparsity)
+        if _selection_is_due(layer, name, step, sparsity):
+            layer.set_sparsity(name, sparsity)
         layer.pst_plans[name].status.moved = True
     return get_sparsity(model)
+
+
+def _selection_is_due(layer: PSTLayer, adapter_name: str, step: int, sparsity: float) -> bool:
+    plan = layer.pst_plans[adapter_name]
+    interval = plan.config.mask_interval
+    if interval is not None and step % interval == 0:
+        return True
+    moves = num_pruned(layer.num_weights, sparsity) != layer.get_num_pruned(adapter_name)
+    # The target is reached on time whatever the interval, or a short run would end below it.
+    return moves and (interval is None or sparsity == plan.target_sparsity)
 
 
 def _scheduled_sparsity(plan: LayerPlan, step: int, total_steps: int | None) -> float:
