@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from .layer import LayerPlan, PSTLayer, PSTLinear, ScheduleStatus, supports
@@ -90,6 +90,14 @@ class PSTModel(BaseTuner):
             # A further adapter is not trainable until it is activated.
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            # A module saved in full takes its place as it is. PEFT would read its weight, which a head of several
+            # layers, such as RoBERTa's, does not have.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # The one object that all layers of the adapter now being injected share.
