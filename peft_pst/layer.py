@@ -21,6 +21,7 @@ from .fingerprint import fingerprint, identity
 from .graph import register_layer, traced_packed_mask
 from .masked_linear import Pruner, effective_weight, masked_linear
 from .masking import num_pruned, pack_mask, select_mask, unpack_mask
+from .residual import check_positions, residual_positions
 from .scoring import Factors, importance_scores, updated_weight
 
 
@@ -41,6 +42,7 @@ class LayerPlan:
     status: ScheduleStatus
     target_sparsity: float
     r: int
+    residual: int
     score_rank: int
 
     @classmethod
@@ -53,12 +55,13 @@ class LayerPlan:
             status,
             target_sparsity=resolve(config.sparsity_pattern, config.target_sparsity),
             r=resolve(config.rank_pattern, config.r),
+            residual=resolve(config.residual_pattern, config.residual),
             score_rank=resolve(config.score_rank_pattern, config.score_rank),
         )
-        if not plan.r and not plan.score_rank and not config.structured:
+        if not plan.r and not plan.residual and not plan.score_rank and not config.structured:
             raise ValueError(
-                f"Layer {module_name}: the patterns leave r=0 and score_rank=0, and structured=False, so nothing would "
-                "train; raise a rank or exclude the layer."
+                f"Layer {module_name}: the patterns leave r=0, residual=0 and score_rank=0, and structured=False, so "
+                "nothing would train; switch a part on or exclude the layer."
             )
         return plan
 
@@ -71,7 +74,8 @@ class PSTLayer(BaseTunerLayer):
     `pst_C` (in,) and `pst_num_pruned`, an int64 scalar: the number of zeros now in force. The count is part of the
     adapter's state dict, so an adapter saved in mid-schedule loads at the sparsity it was saved at. Where the
     configuration holds masks from step to step, `pst_mask`, uint8 (ceil(out * in / 8),), is the mask now in force and
-    part of the state dict too; elsewhere the mask follows from the scores and is kept nowhere.
+    part of the state dict too; elsewhere the mask follows from the scores and is kept nowhere. A sparse residual is
+    held as its values `pst_S` (N,) and `pst_positions`, int64 (N,): row * in + column, ascending.
 
     Source: Li et al. 2022 (arXiv 2205.11005); the contract is PEFT's `BaseTunerLayer`.
 
@@ -85,10 +89,11 @@ class PSTLayer(BaseTunerLayer):
         16
     """
 
-    adapter_layer_names = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
-    other_param_names = ("pst_num_pruned", "pst_mask", "pst_plans")
+    adapter_layer_names = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C", "pst_S")
+    other_param_names = ("pst_num_pruned", "pst_mask", "pst_positions", "pst_plans")
 
     base_layer: nn.Module
+    pst_S: nn.ParameterDict  # noqa: N815  # the formula's letter
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
         self.base_layer = base_layer
@@ -97,6 +102,7 @@ class PSTLayer(BaseTunerLayer):
             setattr(self, name, nn.ParameterDict())
         self.pst_num_pruned = BufferDict(persistent=True)
         self.pst_mask = BufferDict(persistent=True)
+        self.pst_positions = BufferDict(persistent=True)
         self.pst_plans: dict[str, LayerPlan] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -105,6 +111,7 @@ class PSTLayer(BaseTunerLayer):
         # Plain attributes, not buffers: none of these belongs in a state dict.
         self._dense_weight: Tensor | None = None  # the base weight while an adapter is merged
         self._counts: dict[str, tuple[object, int]] = {}  # pst_num_pruned on the host: reading a GPU's would stall it
+        self._checked_positions: dict[str, object] = {}  # per adapter: the pst_positions that were found in order
         self._masks: dict[str, tuple[object, Tensor]] = {}  # per adapter: what it was selected from, packed mask
         self._checked_masks: dict[str, object] = {}  # per adapter: the held mask whose zeros were counted
         self._masked_weight: tuple[object, Tensor] | None = None  # for evaluation: what it was made from, weight
@@ -121,7 +128,7 @@ class PSTLayer(BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: PSTConfig, status: ScheduleStatus) -> None:
         """Add an adapter, or start an existing one afresh."""
         plan = LayerPlan.of(config, status, self.module_name)
-        for name in (*self.adapter_layer_names, "pst_mask"):
+        for name in (*self.adapter_layer_names, "pst_mask", "pst_positions"):
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]  # the new configuration may have no such part
         self.pst_plans[adapter_name] = plan
@@ -133,12 +140,15 @@ class PSTLayer(BaseTunerLayer):
             "pst_B": (plan.score_rank, in_) if plan.score_rank else None,
             "pst_R": (out,) if config.structured else None,
             "pst_C": (in_,) if config.structured else None,
+            "pst_S": (plan.residual,) if plan.residual else None,
         }
         for name, shape in shapes.items():
             if shape is not None:
                 getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(shape))
         self._reset_parameters(adapter_name, config)
-        changes_nothing_dense = config.init_weights is False and plan.r == 0
+        if plan.residual:
+            self.pst_positions[adapter_name] = self._choose_positions(adapter_name)
+        changes_nothing_dense = config.init_weights is False and not plan.r and not plan.residual
         sparsity = plan.target_sparsity if changes_nothing_dense else config.initial_sparsity
         self.pst_num_pruned[adapter_name] = torch.tensor(num_pruned(out * in_, sparsity), dtype=torch.int64)
         if config.holds_mask:
@@ -163,10 +173,23 @@ class PSTLayer(BaseTunerLayer):
             else:
                 nn.init.zeros_(parameters[adapter_name])
 
+    def _choose_positions(self, adapter_name: str) -> Tensor:
+        plan, weight = self.pst_plans[adapter_name], self._base.weight
+        to_be_loaded = weight.is_meta or self.pst_S[adapter_name].is_meta or plan.config.inference_mode
+        if to_be_loaded:
+            # Choosing would be lost work, or impossible.
+            return torch.arange(plan.residual, device=weight.device)
+        try:
+            with _outside_any_graph(weight.device):
+                return residual_positions(self._dense(), plan.residual, plan.config.residual_positions, rank=plan.r)
+        except ValueError as error:
+            raise ValueError(f"Layer {self.module_name}, adapter {adapter_name!r}: {error}") from error
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._counts.pop(adapter_name, None)
         self._checked_masks.pop(adapter_name, None)
+        self._checked_positions.pop(adapter_name, None)
         self._forget(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -243,7 +266,26 @@ class PSTLayer(BaseTunerLayer):
         config = self.pst_plans[adapter_name].config
         scales: list[Any] = [config.beta, config.alpha1, config.alpha2]
         tensors = [getattr(self, name).get(adapter_name) for name in self.adapter_layer_names]
-        return Factors(*tensors, *scales)
+        return Factors._make((*tensors, self._positions(adapter_name), *scales))
+
+    def _positions(self, adapter_name: str) -> Tensor | None:
+        """The positions of the residual, looked at once when they have come from a file; None without a residual."""
+        if adapter_name not in self.pst_positions:
+            return None
+        positions = self.pst_positions[adapter_name]
+        if positions.is_meta or torch.compiler.is_compiling():
+            return positions
+        if self._checked_positions.get(adapter_name) == identity(positions):
+            return positions
+        try:
+            check_positions(positions, self.num_weights)
+        except ValueError as error:
+            raise ValueError(
+                f"Layer {self.module_name}, adapter {adapter_name!r}: {error} The adapter file is damaged or belongs "
+                "to another model; load the one that was saved for this base."
+            ) from error
+        self._checked_positions[adapter_name] = identity(positions)
+        return positions
 
     def get_scores(self, adapter_name: str) -> Tensor:
         """Importance of each weight, (out, in), from the dense base weight, also while merged."""
@@ -333,8 +375,8 @@ class PSTLayer(BaseTunerLayer):
         """The tensors that an adapter's masked weight depends on, the base weight first."""
         base = self._base.weight if self._dense_weight is None else self._dense_weight
         mask = [self.pst_mask[adapter_name]] if adapter_name in self.pst_mask else []
-        trained = [tensor for tensor in factors.tensors if tensor is not None]
-        return [base, *trained, self.pst_num_pruned[adapter_name], *mask]
+        parts = [tensor for tensor in (*factors.tensors, factors.positions) if tensor is not None]
+        return [base, *parts, self.pst_num_pruned[adapter_name], *mask]
 
     # Merging
 
@@ -404,7 +446,8 @@ class PSTLinear(nn.Module, PSTLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # What is made from other tensors would bloat a copy or a pickle, and could not be recognised there.
-        return {**self.__dict__, "_counts": {}, "_masks": {}, "_checked_masks": {}, "_masked_weight": None}
+        made = ("_counts", "_checked_positions", "_masks", "_checked_masks")
+        return {**self.__dict__, **{name: {} for name in made}, "_masked_weight": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called on a copied or unpickled layer, whose handle would still mean the original.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -117,19 +118,21 @@ class PSTModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        counts, factors = set(), set()
+        layers_with: defaultdict[str, set[str]] = defaultdict(set)
         for key in remapped:
             layer, _, part = key.removesuffix(f".{adapter_name}").rpartition(".")
-            if part == "pst_num_pruned":
-                counts.add(layer)
-            elif part in PSTLayer.adapter_layer_names:
-                factors.add(layer)
-        missing = factors - counts
-        if missing:
-            raise ValueError(
-                f"The adapter's tensors lack pst_num_pruned, the number of zeros, for {len(missing)} layers, such as "
-                f"{min(missing)}; at which sparsity it was saved is not known. Save it again with save_pretrained()."
-            )
+            layers_with[part].add(layer)
+        adapted = set().union(*(layers_with[part] for part in PSTLayer.adapter_layer_names))
+        _check_complete(
+            adapted - layers_with["pst_num_pruned"],
+            "pst_num_pruned, the number of zeros,",
+            "at which sparsity it was saved is not known",
+        )
+        _check_complete(
+            layers_with["pst_S"] - layers_with["pst_positions"],
+            "pst_positions, the places of the residual pst_S,",
+            "which weights it belongs to is not known",
+        )
         return remapped
 
     @contextmanager
@@ -141,6 +144,14 @@ class PSTModel(BaseTuner):
                 "so the batch would need one product per adapter. Call set_adapter() and run one batch per adapter."
             )
         yield
+
+
+def _check_complete(layers: set[str], missing: str, consequence: str) -> None:
+    if layers:
+        raise ValueError(
+            f"The adapter's tensors lack {missing} for {len(layers)} layers, such as {min(layers)}; {consequence}. "
+            "Save it again with save_pretrained()."
+        )
 
 
 def _check_supported(target: nn.Module, parent: nn.Module, name: str) -> None:
@@ -265,7 +276,7 @@ def active_adapters(model: nn.Module) -> list[tuple[PSTLayer, str]]:
 
 def _warn_about_unmatched_patterns(config: Any, module_names: list[str]) -> None:
     # PEFT itself looks after `rank_pattern`.
-    for field in ("sparsity_pattern", "score_rank_pattern"):
+    for field in ("sparsity_pattern", "residual_pattern", "score_rank_pattern"):
         unmatched = [
             key
             for key in getattr(config, field)

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from peft_pst import PSTConfig, update_sparsity
 
-CONFIG = {"target_modules": ["0", "2"], "r": 2, "score_rank": 2, "target_sparsity": 0.8}
+CONFIG = {"target_modules": ["0", "2"], "r": 2, "score_rank": 2, "residual": 5, "target_sparsity": 0.8}
 
 
 def make_model(**options: object) -> nn.Module:
