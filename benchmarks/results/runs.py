@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,11 +108,6 @@ def make_run(
         threads=machine.threads,
         device=machine.device,
     )
-
-
-def for_search(run: Run, settings: Settings) -> Run:
-    """The same run, scored on training data that it does not train on."""
-    return replace(run, split="held_out", held_out=settings.search.held_out, seed=settings.search.seed)
 
 
 def cells(

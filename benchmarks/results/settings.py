@@ -84,13 +84,15 @@ class Search:
     Attributes:
         budget: candidates a method has, the same for all.
         held_out: training examples, the last of the fixed shuffle, that are scored and not trained on.
-        seed: of the search's runs; best none of the table's.
+        seed: of the search's runs; none of the table's.
+        steps: optimizer steps of a candidate; None for as many as the table's runs have.
         groups: sparsities that share their learning rates; each group is searched at its last sparsity.
     """
 
     budget: int = 4
     held_out: int = 1000
     seed: int = 1000
+    steps: int | None = None
     groups: tuple[tuple[float, ...], ...] = ()
 
     def group_of(self, sparsity: float) -> tuple[float, ...]:
@@ -150,6 +152,8 @@ def read_settings(path: str | Path) -> Settings:
     )
     for sparsity in settings.sparsities:
         check_sparsity("sparsities", sparsity)
+    if settings.search.seed in settings.seeds:
+        raise ValueError(f"search.seed={settings.search.seed} is one of the table's seeds; choose another.")
     return settings
 
 

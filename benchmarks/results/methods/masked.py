@@ -97,7 +97,7 @@ class MaskedLayer:
 
     def __init__(self, layer: nn.Module, rank: int = 0, learns_scores: bool = False) -> None:
         self.layer: Any = layer
-        weight: Tensor = self.layer.weight.detach()
+        weight = layer.get_parameter("weight").detach()
         transposed = isinstance(layer, Conv1D)
         self.masked = MaskedWeight(weight, transposed=transposed, rank=rank, learns_scores=learns_scores)
         parametrize.register_parametrization(layer, "weight", self.masked)
