@@ -9,6 +9,7 @@ from .masking import num_pruned, topk_mask
 from .model import PSTModel, get_sparsity, update_sparsity
 from .optimizer import create_pst_optimizer, parameter_groups
 from .report import SparsityReport, report_checkpoint, report_model
+from .resuming import last_whole_checkpoint
 from .schedule import cubic_sparsity
 
 _register()
@@ -24,6 +25,7 @@ __all__ = [
     "create_pst_optimizer",
     "cubic_sparsity",
     "get_sparsity",
+    "last_whole_checkpoint",
     "num_pruned",
     "parameter_groups",
     "report_checkpoint",

@@ -17,8 +17,8 @@ import torch.distributed as dist
 RANKS = 2
 
 # Children of a server that has imported everything start at once; fresh interpreters would take ten seconds each.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(
     ["transformers.trainer", "torch.distributed.fsdp", "tiny_models", "peft_pst.cli.train"]
 )
 
@@ -28,7 +28,7 @@ def on_two_ranks(work: Callable[..., Any], *arguments: object) -> list[Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with ProcessPoolExecutor(RANKS, mp_context=_processes) as pool:
+    with ProcessPoolExecutor(RANKS, mp_context=processes) as pool:
         ranks = [pool.submit(_run, rank, port, work, arguments) for rank in range(RANKS)]
         return [pickle.loads(rank.result(timeout=300)) for rank in ranks]
 
