@@ -34,6 +34,13 @@ class PSTCallback(TrainerCallback):
     def __init__(self, best_at_target: bool = False) -> None:
         self.best_at_target = best_at_target
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.fsdp and (args.fsdp_plugin_args or {}).get("cpu_ram_efficient_loading"):
+            raise ValueError(
+                "fsdp_config['cpu_ram_efficient_loading']=True hands out parameters only, but the number of zeros of a "
+                "PST adapter is a buffer, over which accelerate stumbles; set it to False."
+            )
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
