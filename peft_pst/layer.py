@@ -20,7 +20,7 @@ from .config import PSTConfig
 from .fingerprint import fingerprint, identity, optimizer_steps
 from .graph import register_layer, traced_packed_mask
 from .masked_linear import Pruner, effective_weight, masked_linear
-from .masking import num_pruned, pack_mask, select_mask, unpack_mask
+from .masking import check_num_pruned, check_zeros, num_pruned, pack_mask, select_mask, unpack_mask
 from .residual import check_positions, residual_positions
 from .scoring import Factors, importance_scores, updated_weight
 from .sharding import copy_of, is_gathered_for_forward, is_sharded, replace_values, whole
@@ -222,14 +222,21 @@ class PSTLayer(BaseTunerLayer):
         if known is not None and known[0] == identity(buffer):
             return known[1]
         count = int(buffer)
-        if not 0 <= count < self.num_weights:
-            raise ValueError(
-                f"Layer {self.module_name}, adapter {adapter_name!r}: pst_num_pruned={count} is outside "
-                f"[0, {self.num_weights}), the number of weights. The adapter file is damaged or belongs to another "
-                "model; load the one that was saved for this base."
-            )
+        with self.refusing_damage(adapter_name):
+            check_num_pruned(count, self.num_weights)
         self._counts[adapter_name] = (identity(buffer), count)
         return count
+
+    @contextmanager
+    def refusing_damage(self, adapter_name: str) -> Iterator[None]:
+        """Say in which layer, and what to do, when stored tensors are refused by the block."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(
+                f"Layer {self.module_name}, adapter {adapter_name!r}: {error} The adapter file is damaged or belongs "
+                "to another model; load the one that was saved for this base."
+            ) from error
 
     def set_sparsity(self, adapter_name: str, sparsity: float) -> None:
         """Put a sparsity in force for one adapter, in [0, 1), by the mask that its scores now select.
@@ -285,13 +292,8 @@ class PSTLayer(BaseTunerLayer):
             return positions
         if self._checked_positions.get(adapter_name) == identity(positions):
             return positions
-        try:
+        with self.refusing_damage(adapter_name):
             check_positions(positions, self.num_weights)
-        except ValueError as error:
-            raise ValueError(
-                f"Layer {self.module_name}, adapter {adapter_name!r}: {error} The adapter file is damaged or belongs "
-                "to another model; load the one that was saved for this base."
-            ) from error
         self._checked_positions[adapter_name] = identity(positions)
         return positions
 
@@ -375,13 +377,8 @@ class PSTLayer(BaseTunerLayer):
         """The mask in force where it is state, after a look at whether it agrees with the number of zeros."""
         held = self.pst_mask[adapter_name]
         if self._checked_masks.get(adapter_name) != self._held_identity(adapter_name):
-            zeros = self.num_weights - int(unpack_mask(held, (self.num_weights,)).sum())
-            if zeros != self.get_num_pruned(adapter_name):
-                raise ValueError(
-                    f"Layer {self.module_name}, adapter {adapter_name!r}: pst_mask prunes {zeros} weights, but "
-                    f"pst_num_pruned={self.get_num_pruned(adapter_name)}. The adapter file is damaged or lacks its "
-                    "masks; load the one that was saved, or call update_sparsity() to select anew."
-                )
+            with self.refusing_damage(adapter_name):
+                check_zeros(held, self.get_num_pruned(adapter_name), self.num_weights)
             self._checked_masks[adapter_name] = self._held_identity(adapter_name)
         return held
 
