@@ -276,7 +276,7 @@ def test_every_field_says_what_it_does() -> None:
         ({"score_rank_pattern": "up"}, "score_rank_pattern='up' is not a dict"),
         ({"structured": "yes"}, "structured='yes' is neither True nor False"),
         ({"fan_in_fan_out": 1}, "fan_in_fan_out=1 is neither True nor False"),
-        ({"modules_to_save": "head"}, "modules_to_save='head' is a string; pass a list"),
+        ({"modules_to_save": "head"}, "modules_to_save='head' is no list of names; pass a list"),
         ({"layers_to_transform": -1}, "layers_to_transform=-1 holds -1; blocks are counted from 0"),
         ({"layers_to_transform": [0, "1"]}, "holds '1'; blocks are counted from 0"),
     ],
