@@ -209,6 +209,8 @@ class PSTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PSTPeftType.PST
+        for name in ("target_modules", "exclude_modules"):
+            _check_selection(name, getattr(self, name))
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as every PEFT tuner does
         if isinstance(self.exclude_modules, list):
@@ -250,8 +252,6 @@ def _check_kinds(config: PSTConfig) -> None:
             raise ValueError(f"{name}={getattr(config, name)!r} is not a dict; pass {{module name or pattern: value}}.")
         for key in getattr(config, name):
             _check_pattern(f"a key of {name}", key)
-    for name in ("target_modules", "exclude_modules"):
-        _check_selection(name, getattr(config, name))
     for name in ("structured", "fan_in_fan_out"):
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name}={getattr(config, name)!r} is neither True nor False.")
