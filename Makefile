@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-slow test-gpu check clean
+.PHONY: demo test test-slow test-gpu benchmark check clean
 
 demo: $(VENV)/demo.stamp  ## fine-tune, prune, merge and reload a real model on real data (about four minutes)
 	$(BIN)/peft-pst demo
@@ -17,6 +17,13 @@ test-slow: $(VENV)/test.stamp $(VENV)/demo.stamp  ## what takes minutes or the d
 
 test-gpu: $(VENV)/test.stamp  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+COST := $(BIN)/python benchmarks/training_cost.py --output benchmarks/results/training_cost
+
+benchmark: $(VENV)/test.stamp  ## what a training step costs, on an otherwise idle machine (about twenty minutes)
+	$(COST)
+	$(COST) --precision bf16
+	$(COST) --precision bf16 --scaling --repeats 3
 
 check: $(VENV)/test.stamp  ## style and types
 	$(BIN)/ruff check .

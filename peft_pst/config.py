@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import typing
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal
@@ -20,6 +21,7 @@ class PSTPeftType(str, enum.Enum):  # noqa: UP042  # of the same make as PEFT's 
 
 
 InitWeights = Literal["fan_in", "paper"]
+ResidualPositions = Literal["grebsmo", "magnitude", "random"]
 
 
 @dataclass
@@ -36,12 +38,20 @@ class PSTConfig(PeftConfig):
         r: rank of the weight update U V; 0 trains importance alone.
         score_rank: rank of the low-rank importance A B; 0 leaves it out.
         structured: whether to learn one importance per row (R) and per column (C).
-        beta: scale of the weight update.
+        residual: number of entries, in each matrix, of a sparse residual in the weight update. Their positions are
+            fixed when the adapter is made, their values train; 0 leaves it out.
+        residual_positions: where these entries stand. "grebsmo": the largest of the sparse part of W0 split into
+            low-rank plus sparse; "magnitude": the largest of |W0|; "random".
+        beta: scale of the low-rank weight update; the residual is not scaled.
         alpha1: scale of the low-rank importance.
         alpha2: scale of the structured importance.
         warmup_ratio: share of the steps at the initial sparsity, in [0, 1].
         cooldown_ratio: share of the steps at the target sparsity, in [0, 1]; at most 1 together with the warm-up.
         total_steps: optimizer steps of the whole run; `PSTCallback` fills it in when it is None.
+        mask_interval: optimizer steps from one selection of the mask to the next, at least 1. At 1 the mask follows
+            the scores at every step. Above, the sparsity moves and the mask is selected at multiples of the interval
+            only (and when the target is reached); None selects only when the sparsity moves, so that a mask pruned
+            once is held while retraining. A mask that is held is part of the adapter's state, at one bit per weight.
         init_weights: how U and A start. True or "fan_in": N(0, 1 / in_features); "paper": N(0, 1), as published; the
             rest starts at zero, so the model starts unchanged. False: everything random, for tests; with r = 0 such
             an adapter also starts at its target sparsity, or it would change nothing.
@@ -55,13 +65,15 @@ class PSTConfig(PeftConfig):
             read as (in, out), `nn.Linear` as (out, in).
         sparsity_pattern: target sparsity by module, {name or regular expression: sparsity}, over `target_sparsity`.
         rank_pattern: r by module, in the same manner.
+        residual_pattern: residual by module, in the same manner.
         score_rank_pattern: score_rank by module, in the same manner.
 
     Raises:
         ValueError: for a value out of its range, and for combinations that mean nothing. The message names the field,
             the value, the bound and the remedy.
 
-    Source: Li et al. 2022 (arXiv 2205.11005); the patterns are matched as PEFT's `LoraConfig.rank_pattern`.
+    Source: Li et al. 2022 (arXiv 2205.11005); the residual is S2 of DSEE (Chen et al., ACL 2023, arXiv 2111.00160);
+    the patterns are matched as PEFT's `LoraConfig.rank_pattern`.
 
     Example:
         >>> PSTConfig(target_sparsity=0.7, sparsity_pattern={"output.dense": 0.5}).r
@@ -83,7 +95,19 @@ class PSTConfig(PeftConfig):
     structured: bool = field(
         default=True, metadata={"help": "Whether to learn an importance per row (R) and per column (C)."}
     )
-    beta: float = field(default=1.0, metadata={"help": "Scale of the weight update."})
+    residual: int = field(
+        default=0, metadata={"help": "Trained entries of a sparse residual in the weight update; 0 leaves it out."}
+    )
+    residual_positions: ResidualPositions = field(
+        default="grebsmo",
+        metadata={
+            "help": (
+                'Where the residual stands: "grebsmo" for the largest entries of the sparse part of a low-rank plus '
+                'sparse split of the weight, "magnitude" for its largest entries, or "random".'
+            )
+        },
+    )
+    beta: float = field(default=1.0, metadata={"help": "Scale of the low-rank weight update."})
     alpha1: float = field(default=1.0, metadata={"help": "Scale of the low-rank importance."})
     alpha2: float = field(default=1.0, metadata={"help": "Scale of the structured importance."})
     warmup_ratio: float = field(default=WARMUP_RATIO, metadata={"help": "Share of the steps at the initial sparsity."})
@@ -92,6 +116,10 @@ class PSTConfig(PeftConfig):
     )
     total_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps of the whole run; PSTCallback fills it in when left open."}
+    )
+    mask_interval: int | None = field(
+        default=1,
+        metadata={"help": "Steps from one selection of the mask to the next; None: only when the sparsity moves."},
     )
     init_weights: bool | InitWeights = field(
         default=True,
@@ -132,9 +160,17 @@ class PSTConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "r by module name or regular expression."}
     )
+    residual_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "residual by module name or regular expression."}
+    )
     score_rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "score_rank by module name or regular expression."}
     )
+
+    @property
+    def holds_mask(self) -> bool:
+        """Whether the mask in force is state of its own rather than a function of the current scores."""
+        return self.mask_interval != 1
 
     @classmethod
     def paper(cls, **overrides: Any) -> PSTConfig:
@@ -155,6 +191,7 @@ class PSTConfig(PeftConfig):
             "alpha2": 1.0,
             "warmup_ratio": 0.1,
             "cooldown_ratio": 0.3,
+            "mask_interval": 1,
             "init_weights": "paper",
         }
         return cls(**{**setting, **overrides})
@@ -167,10 +204,10 @@ class PSTConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         _check_kinds(self)
+        _check_choices(self)
         _check_sparsities(self)
         _check_ranks_and_scales(self)
         _check_schedule(self)
-        _check_choices(self)
         _check_layer_selection(self)
 
 
@@ -178,13 +215,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_rank(name: str, value: object) -> None:
+def _check_count(name: str, value: object, what: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name}={value!r} is not a rank; pass an integer of at least 0.")
+        raise ValueError(f"{name}={value!r} is not a {what}; pass an integer of at least 0.")
 
 
 def _check_kinds(config: PSTConfig) -> None:
-    for name in ("sparsity_pattern", "rank_pattern", "score_rank_pattern"):
+    for name in ("sparsity_pattern", "rank_pattern", "residual_pattern", "score_rank_pattern"):
         if getattr(config, name) is None:
             setattr(config, name, {})
         if not isinstance(getattr(config, name), dict):
@@ -212,32 +249,48 @@ def _check_sparsities(config: PSTConfig) -> None:
 
 
 def _check_ranks_and_scales(config: PSTConfig) -> None:
-    ranks: dict[str, list[int]] = {"r": [config.r], "score_rank": [config.score_rank]}
-    _check_rank("r", config.r)
-    _check_rank("score_rank", config.score_rank)
-    for field_name, pattern in (("r", "rank_pattern"), ("score_rank", "score_rank_pattern")):
-        for key, value in getattr(config, pattern).items():
-            _check_rank(f"{pattern}[{key!r}]", value)
-            ranks[field_name].append(value)
-    if not any(ranks["r"]) and not any(ranks["score_rank"]) and not config.structured:
+    used = {
+        name: _any_positive(config, name, pattern, what)
+        for name, pattern, what in (
+            ("r", "rank_pattern", "rank"),
+            ("score_rank", "score_rank_pattern", "rank"),
+            ("residual", "residual_pattern", "number of entries"),
+        )
+    }
+    if not any(used.values()) and not config.structured:
         raise ValueError(
-            "r=0, score_rank=0 and structured=False leave nothing to train; switch on at least one of the three parts."
+            "r=0, residual=0, score_rank=0 and structured=False leave nothing to train; switch on at least one of the "
+            "four parts."
+        )
+    if not used["residual"] and config.residual_positions != "grebsmo":
+        raise ValueError(
+            f"residual_positions={config.residual_positions!r} has nothing to place, because residual=0; set residual "
+            "to the number of entries, or leave residual_positions out."
         )
     parts = (
-        ("beta", any(ranks["r"]), "r=0"),
-        ("alpha1", any(ranks["score_rank"]), "score_rank=0"),
+        ("beta", used["r"], "r=0"),
+        ("alpha1", used["score_rank"], "score_rank=0"),
         ("alpha2", config.structured, "structured=False"),
     )
-    for name, used, off in parts:
+    for name, is_on, off in parts:
         value = getattr(config, name)
         if not _is_number(value):
             raise ValueError(f"{name}={value!r} is not a finite number; 1.0 is the paper's value.")
-        if used and value == 0:
+        if is_on and value == 0:
             raise ValueError(f"{name}=0 switches a part off that would still take memory; set {off} instead.")
-        if not used and value != 1.0:
+        if not is_on and value != 1.0:
             raise ValueError(
                 f"{name}={value} has nothing to scale, because {off}; leave it at 1.0 or switch the part on."
             )
+
+
+def _any_positive(config: PSTConfig, name: str, pattern: str, what: str) -> bool:
+    """Whether a field, or its pattern for some modules, is above 0; every value of both is checked."""
+    values = {name: getattr(config, name)}
+    values |= {f"{pattern}[{key!r}]": value for key, value in getattr(config, pattern).items()}
+    for label, value in values.items():
+        _check_count(label, value, what)
+    return any(values.values())
 
 
 def _check_schedule(config: PSTConfig) -> None:
@@ -253,11 +306,21 @@ def _check_schedule(config: PSTConfig) -> None:
     total = config.total_steps
     if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 1):
         raise ValueError(f"total_steps={total!r} is not a number of steps; pass an integer of at least 1, or None.")
+    interval = config.mask_interval
+    if interval is not None and (not isinstance(interval, int) or isinstance(interval, bool) or interval < 1):
+        raise ValueError(
+            f"mask_interval={interval!r} is not a number of steps; pass an integer of at least 1, or None to hold the "
+            "mask while the sparsity stays."
+        )
 
 
 def _check_choices(config: PSTConfig) -> None:
     if not isinstance(config.init_weights, bool) and config.init_weights not in ("fan_in", "paper"):
         raise ValueError(f'init_weights={config.init_weights!r} is none of True, False, "fan_in" and "paper".')
+    if config.residual_positions not in typing.get_args(ResidualPositions):
+        raise ValueError(
+            f'residual_positions={config.residual_positions!r} is none of "grebsmo", "magnitude" and "random".'
+        )
     if config.bias not in ("none", "all", "pst_only"):
         raise ValueError(f'bias={config.bias!r} is none of "none", "all" and "pst_only".')
 

@@ -21,6 +21,7 @@ from .fingerprint import fingerprint, identity
 from .graph import register_layer, traced_packed_mask
 from .masked_linear import Pruner, effective_weight, masked_linear
 from .masking import num_pruned, pack_mask, select_mask, unpack_mask
+from .residual import check_positions, residual_positions
 from .scoring import Factors, importance_scores, updated_weight
 
 
@@ -41,6 +42,7 @@ class LayerPlan:
     status: ScheduleStatus
     target_sparsity: float
     r: int
+    residual: int
     score_rank: int
 
     @classmethod
@@ -53,12 +55,13 @@ class LayerPlan:
             status,
             target_sparsity=resolve(config.sparsity_pattern, config.target_sparsity),
             r=resolve(config.rank_pattern, config.r),
+            residual=resolve(config.residual_pattern, config.residual),
             score_rank=resolve(config.score_rank_pattern, config.score_rank),
         )
-        if not plan.r and not plan.score_rank and not config.structured:
+        if not plan.r and not plan.residual and not plan.score_rank and not config.structured:
             raise ValueError(
-                f"Layer {module_name}: the patterns leave r=0 and score_rank=0, and structured=False, so nothing would "
-                "train; raise a rank or exclude the layer."
+                f"Layer {module_name}: the patterns leave r=0, residual=0 and score_rank=0, and structured=False, so "
+                "nothing would train; switch a part on or exclude the layer."
             )
         return plan
 
@@ -69,7 +72,10 @@ class PSTLayer(BaseTunerLayer):
     Matrices are oriented (out_features, in_features), whatever the base layer stores. For each adapter the layer
     holds `pst_U` (out, r), `pst_V` (r, in), `pst_A` (out, score_rank), `pst_B` (score_rank, in), `pst_R` (out,),
     `pst_C` (in,) and `pst_num_pruned`, an int64 scalar: the number of zeros now in force. The count is part of the
-    adapter's state dict, so an adapter saved in mid-schedule loads at the sparsity it was saved at.
+    adapter's state dict, so an adapter saved in mid-schedule loads at the sparsity it was saved at. Where the
+    configuration holds masks from step to step, `pst_mask`, uint8 (ceil(out * in / 8),), is the mask now in force and
+    part of the state dict too; elsewhere the mask follows from the scores and is kept nowhere. A sparse residual is
+    held as its values `pst_S` (N,) and `pst_positions`, int64 (N,): row * in + column, ascending.
 
     Source: Li et al. 2022 (arXiv 2205.11005); the contract is PEFT's `BaseTunerLayer`.
 
@@ -83,10 +89,11 @@ class PSTLayer(BaseTunerLayer):
         16
     """
 
-    adapter_layer_names = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
-    other_param_names = ("pst_num_pruned", "pst_plans")
+    adapter_layer_names = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C", "pst_S")
+    other_param_names = ("pst_num_pruned", "pst_mask", "pst_positions", "pst_plans")
 
     base_layer: nn.Module
+    pst_S: nn.ParameterDict  # noqa: N815  # the formula's letter
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
         self.base_layer = base_layer
@@ -94,6 +101,8 @@ class PSTLayer(BaseTunerLayer):
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.pst_num_pruned = BufferDict(persistent=True)
+        self.pst_mask = BufferDict(persistent=True)
+        self.pst_positions = BufferDict(persistent=True)
         self.pst_plans: dict[str, LayerPlan] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -102,7 +111,9 @@ class PSTLayer(BaseTunerLayer):
         # Plain attributes, not buffers: none of these belongs in a state dict.
         self._dense_weight: Tensor | None = None  # the base weight while an adapter is merged
         self._counts: dict[str, tuple[object, int]] = {}  # pst_num_pruned on the host: reading a GPU's would stall it
+        self._checked_positions: dict[str, object] = {}  # per adapter: the pst_positions that were found in order
         self._masks: dict[str, tuple[object, Tensor]] = {}  # per adapter: what it was selected from, packed mask
+        self._checked_masks: dict[str, object] = {}  # per adapter: the held mask whose zeros were counted
         self._masked_weight: tuple[object, Tensor] | None = None  # for evaluation: what it was made from, weight
         self._warned_about_hooks = False
         self._handle = register_layer(self)
@@ -117,6 +128,9 @@ class PSTLayer(BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: PSTConfig, status: ScheduleStatus) -> None:
         """Add an adapter, or start an existing one afresh."""
         plan = LayerPlan.of(config, status, self.module_name)
+        for name in (*self.adapter_layer_names, "pst_mask", "pst_positions"):
+            if adapter_name in getattr(self, name):
+                del getattr(self, name)[adapter_name]  # the new configuration may have no such part
         self.pst_plans[adapter_name] = plan
         out, in_ = self.out_features, self.in_features
         shapes = {
@@ -126,17 +140,25 @@ class PSTLayer(BaseTunerLayer):
             "pst_B": (plan.score_rank, in_) if plan.score_rank else None,
             "pst_R": (out,) if config.structured else None,
             "pst_C": (in_,) if config.structured else None,
+            "pst_S": (plan.residual,) if plan.residual else None,
         }
         for name, shape in shapes.items():
             if shape is not None:
                 getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(shape))
         self._reset_parameters(adapter_name, config)
-        changes_nothing_dense = config.init_weights is False and plan.r == 0
+        if plan.residual:
+            self.pst_positions[adapter_name] = self._choose_positions(adapter_name)
+        changes_nothing_dense = config.init_weights is False and not plan.r and not plan.residual
         sparsity = plan.target_sparsity if changes_nothing_dense else config.initial_sparsity
         self.pst_num_pruned[adapter_name] = torch.tensor(num_pruned(out * in_, sparsity), dtype=torch.int64)
+        if config.holds_mask:
+            self.pst_mask[adapter_name] = pack_mask(torch.ones(out * in_, dtype=torch.bool))
         self._forget(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        made = not any(tensor.is_meta for tensor in self._origin(adapter_name, self.get_factors(adapter_name)))
+        if config.holds_mask and made:
+            self._hold_selection(adapter_name)
 
     @torch.no_grad()
     def _reset_parameters(self, adapter_name: str, config: PSTConfig) -> None:
@@ -151,9 +173,23 @@ class PSTLayer(BaseTunerLayer):
             else:
                 nn.init.zeros_(parameters[adapter_name])
 
+    def _choose_positions(self, adapter_name: str) -> Tensor:
+        plan, weight = self.pst_plans[adapter_name], self._base.weight
+        to_be_loaded = weight.is_meta or self.pst_S[adapter_name].is_meta or plan.config.inference_mode
+        if to_be_loaded:
+            # Choosing would be lost work, or impossible.
+            return torch.arange(plan.residual, device=weight.device)
+        try:
+            with _outside_any_graph(weight.device):
+                return residual_positions(self._dense(), plan.residual, plan.config.residual_positions, rank=plan.r)
+        except ValueError as error:
+            raise ValueError(f"Layer {self.module_name}, adapter {adapter_name!r}: {error}") from error
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._counts.pop(adapter_name, None)
+        self._checked_masks.pop(adapter_name, None)
+        self._checked_positions.pop(adapter_name, None)
         self._forget(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -189,7 +225,7 @@ class PSTLayer(BaseTunerLayer):
         return count
 
     def set_sparsity(self, adapter_name: str, sparsity: float) -> None:
-        """Put a sparsity in force for one adapter, in [0, 1).
+        """Put a sparsity in force for one adapter, in [0, 1), by the mask that its scores now select.
 
         Raises:
             RuntimeError: while the adapter is merged.
@@ -199,6 +235,8 @@ class PSTLayer(BaseTunerLayer):
         buffer.fill_(count)
         self._counts[adapter_name] = (identity(buffer), count)
         self._forget(adapter_name)
+        if adapter_name in self.pst_mask:
+            self._hold_selection(adapter_name)
 
     def check_unmerged(self, adapter_name: str) -> None:
         """Refuse to go on while an adapter is merged, since what is in the base weight would not follow."""
@@ -228,7 +266,26 @@ class PSTLayer(BaseTunerLayer):
         config = self.pst_plans[adapter_name].config
         scales: list[Any] = [config.beta, config.alpha1, config.alpha2]
         tensors = [getattr(self, name).get(adapter_name) for name in self.adapter_layer_names]
-        return Factors(*tensors, *scales)
+        return Factors._make((*tensors, self._positions(adapter_name), *scales))
+
+    def _positions(self, adapter_name: str) -> Tensor | None:
+        """The positions of the residual, looked at once when they have come from a file; None without a residual."""
+        if adapter_name not in self.pst_positions:
+            return None
+        positions = self.pst_positions[adapter_name]
+        if positions.is_meta or torch.compiler.is_compiling():
+            return positions
+        if self._checked_positions.get(adapter_name) == identity(positions):
+            return positions
+        try:
+            check_positions(positions, self.num_weights)
+        except ValueError as error:
+            raise ValueError(
+                f"Layer {self.module_name}, adapter {adapter_name!r}: {error} The adapter file is damaged or belongs "
+                "to another model; load the one that was saved for this base."
+            ) from error
+        self._checked_positions[adapter_name] = identity(positions)
+        return positions
 
     def get_scores(self, adapter_name: str) -> Tensor:
         """Importance of each weight, (out, in), from the dense base weight, also while merged."""
@@ -263,32 +320,63 @@ class PSTLayer(BaseTunerLayer):
         return [name for name in adapter_names if name in self.pst_plans]
 
     def get_packed_mask(self, adapter_name: str) -> Tensor:
-        """Select once and reuse: for all micro-batches of a step, checkpoint re-forwards and evaluations."""
-        if torch.compiler.is_compiling():
-            tensors = [tensor.detach() for tensor in self._origin(adapter_name)]
-            return traced_packed_mask(tensors, self._handle, adapter_name)
-        origin = fingerprint(self._origin(adapter_name))
+        """The mask now in force as `pack_mask` stores it; selected once for all micro-batches and evaluations."""
+        return self._packed_mask(adapter_name, self.get_factors(adapter_name))
+
+    def _packed_mask(self, adapter_name: str, factors: Factors) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        if adapter_name in self.pst_mask:
+            return self.pst_mask[adapter_name] if compiling else self._held_mask(adapter_name)
+        tensors = self._origin(adapter_name, factors)
+        if compiling:
+            return traced_packed_mask([tensor.detach() for tensor in tensors], self._handle, adapter_name)
+        origin = fingerprint(tensors)
         cached = self._masks.get(adapter_name)
         if cached is None or cached[0] != origin:
-            with _outside_any_graph(self._base.weight.device):
-                cached = (origin, pack_mask(self._select(adapter_name)))
+            cached = (origin, self._select(adapter_name))
             self._masks[adapter_name] = cached
         return cached[1]
 
     def _select(self, adapter_name: str) -> Tensor:
+        count = self.get_num_pruned(adapter_name)
         try:
-            return select_mask(self.get_scores(adapter_name), self.get_num_pruned(adapter_name))
+            with _outside_any_graph(self._base.weight.device):
+                return pack_mask(select_mask(self.get_scores(adapter_name), count))
         except ValueError as error:
             raise ValueError(f"Layer {self.module_name}, adapter {adapter_name!r}: {error}") from error
 
-    def _pruners(self, adapter_names: Sequence[str]) -> list[Pruner]:
-        return [Pruner(self.get_factors(name), self.get_packed_mask(name)) for name in adapter_names]
+    def _hold_selection(self, adapter_name: str) -> None:
+        held = self.pst_mask[adapter_name]
+        held.copy_(self._select(adapter_name))
+        self._checked_masks[adapter_name] = self._held_identity(adapter_name)
 
-    def _origin(self, adapter_name: str) -> list[Tensor]:
+    def _held_identity(self, adapter_name: str) -> object:
+        return identity(self.pst_mask[adapter_name]), identity(self.pst_num_pruned[adapter_name])
+
+    def _held_mask(self, adapter_name: str) -> Tensor:
+        """The mask in force where it is state, after a look at whether it agrees with the number of zeros."""
+        held = self.pst_mask[adapter_name]
+        if self._checked_masks.get(adapter_name) != self._held_identity(adapter_name):
+            zeros = self.num_weights - int(unpack_mask(held, (self.num_weights,)).sum())
+            if zeros != self.get_num_pruned(adapter_name):
+                raise ValueError(
+                    f"Layer {self.module_name}, adapter {adapter_name!r}: pst_mask prunes {zeros} weights, but "
+                    f"pst_num_pruned={self.get_num_pruned(adapter_name)}. The adapter file is damaged or lacks its "
+                    "masks; load the one that was saved, or call update_sparsity() to select anew."
+                )
+            self._checked_masks[adapter_name] = self._held_identity(adapter_name)
+        return held
+
+    def _pruners(self, adapter_names: Sequence[str]) -> list[Pruner]:
+        pairs = [(name, self.get_factors(name)) for name in adapter_names]
+        return [Pruner(factors, self._packed_mask(name, factors)) for name, factors in pairs]
+
+    def _origin(self, adapter_name: str, factors: Factors) -> list[Tensor]:
         """The tensors that an adapter's masked weight depends on, the base weight first."""
         base = self._base.weight if self._dense_weight is None else self._dense_weight
-        factors = [tensor for tensor in self.get_factors(adapter_name).tensors if tensor is not None]
-        return [base, *factors, self.pst_num_pruned[adapter_name]]
+        mask = [self.pst_mask[adapter_name]] if adapter_name in self.pst_mask else []
+        parts = [tensor for tensor in (*factors.tensors, factors.positions) if tensor is not None]
+        return [base, *parts, self.pst_num_pruned[adapter_name], *mask]
 
     # Merging
 
@@ -358,7 +446,8 @@ class PSTLinear(nn.Module, PSTLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # What is made from other tensors would bloat a copy or a pickle, and could not be recognised there.
-        return {**self.__dict__, "_counts": {}, "_masks": {}, "_masked_weight": None}
+        made = ("_counts", "_checked_positions", "_masks", "_checked_masks")
+        return {**self.__dict__, **{name: {} for name in made}, "_masked_weight": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called on a copied or unpickled layer, whose handle would still mean the original.
@@ -380,9 +469,8 @@ class PSTLinear(nn.Module, PSTLayer):
         return F.linear(x, self._inference_weight(names), bias)
 
     def _trains(self, adapter_names: Sequence[str]) -> bool:
-        base = self._base
-        tensors = [base.weight, *(t for name in adapter_names for t in self.get_factors(name).tensors)]
-        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        parameters = (getattr(self, part).get(name) for name in adapter_names for part in self.adapter_layer_names)
+        return self._base.weight.requires_grad or any(p is not None and p.requires_grad for p in parameters)
 
     def _inference_weight(self, adapter_names: list[str]) -> Tensor:
         if torch.compiler.is_compiling():
@@ -391,7 +479,8 @@ class PSTLinear(nn.Module, PSTLayer):
             # A forward without gradient in mid-training (the first pass of a checkpointed block, a reference model):
             # keeping a dense copy for the next one would cost the memory of the whole model.
             return self.get_masked_weight(adapter_names)
-        origin = (tuple(adapter_names), fingerprint(t for name in adapter_names for t in self._origin(name)))
+        tensors = (t for name in adapter_names for t in self._origin(name, self.get_factors(name)))
+        origin = (tuple(adapter_names), fingerprint(tensors))
         if self._masked_weight is None or self._masked_weight[0] != origin:
             self._masked_weight = (origin, self.get_masked_weight(adapter_names))
         return self._masked_weight[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .masking import masked_weight
-from .scoring import Factors, add_update, score_dtype
+from .scoring import Factors, add_update, locate, score_dtype
 
 
 class Pruner(NamedTuple):
@@ -27,7 +27,7 @@ class Pruner(NamedTuple):
 
 
 def effective_weight(weight: Tensor, pruners: Sequence[Pruner]) -> Tensor:
-    """The weight that multiplies the input: (W0 + sum_i beta_i U_i V_i), zero where any adapter prunes.
+    """The weight that multiplies the input: (W0 + sum_i (beta_i U_i V_i + S_i)), zero where any adapter prunes.
 
     Args:
         weight: base weight W0, (out, in), any floating dtype.
@@ -60,6 +60,8 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pruners: Seque
         dA = alpha1 dS B'             dB = alpha1 A' dS
         dR = alpha2 dS 1              dC = alpha2 dS' 1
 
+    and the gradient of a sparse residual's values is dW at their positions.
+
     With several, each mask's gradient is that of a product: dS_i = G * W * prod_{j != i} M_j.
 
     Args:
@@ -84,25 +86,33 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pruners: Seque
         >>> y.backward(); y.item(), R.grad.item()
         (2.0, 5.0)
     """
-    scales = tuple(pruner.factors[6:] for pruner in pruners)
-    tensors = [tensor for pruner in pruners for tensor in (pruner.mask, *pruner.factors.tensors)]
+    scales = tuple(pruner.factors.scales for pruner in pruners)
+    tensors = _flat(pruners)
     device_type = x.device.type
     autocast_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     return _MaskedLinear.apply(x, weight, bias, autocast_dtype, scales, *tensors)
 
 
-_TENSORS_PER_PRUNER = 7  # the mask and the six factors
 _FIXED_INPUTS = 5  # x, weight, bias, autocast dtype, scales
 
 
-def _pruners(tensors: Sequence[Any], scales: Sequence[tuple[float, ...]]) -> list[Pruner]:
-    """The inverse of the flattening that autograd's calling convention asks for."""
-    rows = [tensors[i : i + _TENSORS_PER_PRUNER] for i in range(0, len(tensors), _TENSORS_PER_PRUNER)]
-    return [Pruner(Factors(*row[1:], *scale), row[0]) for row, scale in zip(rows, scales, strict=True)]
+def _flat(pruners: Sequence[Pruner]) -> list[Tensor | None]:
+    """One row of tensors after another, as autograd's calling convention asks; mask and positions have no gradient."""
+    return [tensor for pruner in pruners for tensor in (pruner.mask, pruner.factors.positions, *pruner.factors.tensors)]
+
+
+def _pruners(tensors: Sequence[Any], scales: Sequence[tuple[float, float, float]]) -> list[Pruner]:
+    """The inverse of `_flat`."""
+    width = len(tensors) // len(scales)
+    rows = [tensors[i : i + width] for i in range(0, len(tensors), width)]
+    return [
+        Pruner(Factors._make((*trained, positions, *scale)), mask)
+        for (mask, positions, *trained), scale in zip(rows, scales, strict=True)
+    ]
 
 
 def _updated(weight: Tensor, pruners: Sequence[Pruner]) -> Tensor:
-    """W0 + sum_i beta_i U_i V_i in score precision."""
+    """W0 + sum_i (beta_i U_i V_i + S_i) in score precision."""
     return reduce(
         lambda total, pruner: add_update(total, pruner.factors), pruners, weight.to(score_dtype(weight.dtype))
     )
@@ -121,7 +131,7 @@ class _MaskedLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         autocast_dtype: torch.dtype | None,
-        scales: tuple[tuple[float, ...], ...],
+        scales: tuple[tuple[float, float, float], ...],
         *tensors: Tensor | None,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -172,13 +182,13 @@ def _parameter_gradients(
     exist as a whole, and reduced in small ones, so that the passes over it stay in the processor's cache.
     """
     dtype = score_dtype(weight.dtype)
-    tensors = [tensor for pruner in pruners for tensor in (pruner.mask, *pruner.factors.tensors)]
+    tensors = _flat(pruners)
     totals = [
         torch.zeros_like(cast("Tensor", tensor), dtype=dtype) if want else None
         for tensor, want in zip(tensors, wants_factors, strict=True)
     ]
     grad_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
-    total_factors = [pruner.factors for pruner in _pruners(totals, [pruner.factors[6:] for pruner in pruners])]
+    total_factors = [pruner.factors for pruner in _pruners(totals, [pruner.factors.scales for pruner in pruners])]
     for large in _row_blocks(0, weight.shape[0], weight.shape[1], _PRODUCT_NUMEL):
         grad = rows[:, large].T @ x
         for block in _row_blocks(large.start, large.stop, weight.shape[1], _reduction_numel(weight)):
@@ -210,11 +220,12 @@ def _row_blocks(start: int, stop: int, width: int, numel: int) -> Iterator[slice
 
 
 def _rows(pruner: Pruner, block: slice, width: int) -> Pruner:
-    """The part of an adapter that concerns some rows of the matrix; V, B and C concern them all."""
-    U, V, A, B, R, C = pruner.factors.tensors
-    U, A, R = (None if tensor is None else tensor[block] for tensor in (U, A, R))
+    """The part of an adapter that concerns some rows of the matrix; V, B, C and S concern them all."""
+    factors = pruner.factors
+    U, A, R = (None if tensor is None else tensor[block] for tensor in (factors.U, factors.A, factors.R))
+    positions = None if factors.positions is None else factors.positions - block.start * width
     mask = pruner.mask[block.start * width // 8 : (block.stop * width + 7) // 8]
-    return Pruner(Factors(U, V, A, B, R, C, *pruner.factors[6:]), mask)
+    return Pruner(factors._replace(U=U, A=A, R=R, positions=positions), mask)
 
 
 def _add_block(
@@ -245,7 +256,7 @@ def _add_block(
 def _add_factor_gradients(
     grad_weight: Tensor, grad_scores: Tensor, factors: Factors, block: slice, total: Factors
 ) -> None:
-    """Add the gradients of U, V, A, B, R, C that follow from some rows of dW and dS, each (rows, in)."""
+    """Add the gradients of all factors that follow from some rows of dW and dS, each (rows, in)."""
     U, V, A, B = (None if tensor is None else tensor.to(grad_scores.dtype) for tensor in factors.tensors[:4])
     if total.U is not None and V is not None:
         total.U[block].addmm_(grad_weight, V.T, alpha=factors.beta)
@@ -259,3 +270,6 @@ def _add_factor_gradients(
         total.R[block].add_(grad_scores.sum(1), alpha=factors.alpha2)
     if total.C is not None:
         total.C.add_(grad_scores.sum(0), alpha=factors.alpha2)
+    if total.S is not None and factors.positions is not None:
+        index, inside = locate(factors.positions, grad_weight.numel())
+        total.S.add_(grad_weight.take(index).where(inside, 0))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from .layer import LayerPlan, PSTLayer, PSTLinear, ScheduleStatus, supports
+from .masking import num_pruned
 from .schedule import cubic_sparsity
 from .targets import find_block_linears
 
@@ -90,6 +92,14 @@ class PSTModel(BaseTuner):
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            # A module saved in full takes its place as it is. PEFT would read its weight, which a head of several
+            # layers, such as RoBERTa's, does not have.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # The one object that all layers of the adapter now being injected share.
         self._status = ScheduleStatus()
@@ -108,19 +118,21 @@ class PSTModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        counts, factors = set(), set()
+        layers_with: defaultdict[str, set[str]] = defaultdict(set)
         for key in remapped:
             layer, _, part = key.removesuffix(f".{adapter_name}").rpartition(".")
-            if part == "pst_num_pruned":
-                counts.add(layer)
-            elif part in PSTLayer.adapter_layer_names:
-                factors.add(layer)
-        missing = factors - counts
-        if missing:
-            raise ValueError(
-                f"The adapter's tensors lack pst_num_pruned, the number of zeros, for {len(missing)} layers, such as "
-                f"{min(missing)}; at which sparsity it was saved is not known. Save it again with save_pretrained()."
-            )
+            layers_with[part].add(layer)
+        adapted = set().union(*(layers_with[part] for part in PSTLayer.adapter_layer_names))
+        _check_complete(
+            adapted - layers_with["pst_num_pruned"],
+            "pst_num_pruned, the number of zeros,",
+            "at which sparsity it was saved is not known",
+        )
+        _check_complete(
+            layers_with["pst_S"] - layers_with["pst_positions"],
+            "pst_positions, the places of the residual pst_S,",
+            "which weights it belongs to is not known",
+        )
         return remapped
 
     @contextmanager
@@ -132,6 +144,14 @@ class PSTModel(BaseTuner):
                 "so the batch would need one product per adapter. Call set_adapter() and run one batch per adapter."
             )
         yield
+
+
+def _check_complete(layers: set[str], missing: str, consequence: str) -> None:
+    if layers:
+        raise ValueError(
+            f"The adapter's tensors lack {missing} for {len(layers)} layers, such as {min(layers)}; {consequence}. "
+            "Save it again with save_pretrained()."
+        )
 
 
 def _check_supported(target: nn.Module, parent: nn.Module, name: str) -> None:
@@ -187,9 +207,20 @@ def update_sparsity(model: nn.Module, step: int, total_steps: int | None = None)
         planned.append((layer, name, _scheduled_sparsity(layer.pst_plans[name], step, total_steps)))
     # All or nothing: whatever may be refused has been by now.
     for layer, name, sparsity in planned:
-        layer.set_sparsity(name, sparsity)
+        if _selection_is_due(layer, name, step, sparsity):
+            layer.set_sparsity(name, sparsity)
         layer.pst_plans[name].status.moved = True
     return get_sparsity(model)
+
+
+def _selection_is_due(layer: PSTLayer, adapter_name: str, step: int, sparsity: float) -> bool:
+    plan = layer.pst_plans[adapter_name]
+    interval = plan.config.mask_interval
+    if interval is not None and step % interval == 0:
+        return True
+    moves = num_pruned(layer.num_weights, sparsity) != layer.get_num_pruned(adapter_name)
+    # The target is reached on time whatever the interval, or a short run would end below it.
+    return moves and (interval is None or sparsity == plan.target_sparsity)
 
 
 def _scheduled_sparsity(plan: LayerPlan, step: int, total_steps: int | None) -> float:
@@ -245,7 +276,7 @@ def active_adapters(model: nn.Module) -> list[tuple[PSTLayer, str]]:
 
 def _warn_about_unmatched_patterns(config: Any, module_names: list[str]) -> None:
     # PEFT itself looks after `rank_pattern`.
-    for field in ("sparsity_pattern", "score_rank_pattern"):
+    for field in ("sparsity_pattern", "residual_pattern", "score_rank_pattern"):
         unmatched = [
             key
             for key in getattr(config, field)

@@ -12,7 +12,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from .layer import PSTLayer
 
-_UPDATE = ("pst_U", "pst_V")
+_UPDATE = ("pst_U", "pst_V", "pst_S")
 _SCORES = tuple(name for name in PSTLayer.adapter_layer_names if name not in _UPDATE)
 
 
@@ -30,7 +30,7 @@ def parameter_groups(
 
     Args:
         model: a model with PST adapters.
-        lr: learning rate of the weight update U, V.
+        lr: learning rate of the weight update U, V and of its sparse residual S.
         score_lr: learning rate of the scores A, B, R, C; `lr` when None.
         head_lr: learning rate of everything else that trains (head, biases); `lr` when None.
         weight_decay: decay of the weight update and of the head's matrices.

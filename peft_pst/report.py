@@ -336,9 +336,11 @@ def _count_layer(layer: PSTLayer, names: list[str]) -> LayerSparsity:
 
 
 def _count_adapter_parameters(model: nn.Module, adapter_name: str) -> int:
-    """Parameters in the adapter's file; the zero count of each layer is state and not a parameter."""
+    """Parameters in the adapter's file; what else a layer keeps there, such as its zero count, is not one."""
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    return sum(tensor.numel() for name, tensor in state.items() if "pst_num_pruned" not in name)
+    return sum(
+        tensor.numel() for name, tensor in state.items() if name.rpartition(".")[2] not in PSTLayer.other_param_names
+    )
 
 
 def _plain_class_name(model: nn.Module) -> str:

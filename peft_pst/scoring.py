@@ -15,7 +15,8 @@ from torch import Tensor
 class Factors(NamedTuple):
     """The trainable tensors of one adapter on one layer, with their scales.
 
-    Beware the letters: PST's A is (out, score_rank) and B is (score_rank, in); LoRA's run the other way.
+    Beware the letters: PST's A is (out, score_rank) and B is (score_rank, in); LoRA's run the other way. S is DSEE's
+    S2, the values of a sparse residual, and not the scores, which have no letter here.
 
     Attributes:
         U: left factor of the weight update, (out, r), or None when r = 0.
@@ -24,6 +25,9 @@ class Factors(NamedTuple):
         B: right factor of the low-rank importance, (score_rank, in), or None when score_rank = 0.
         R: importance of each row, (out,), or None without the structured part.
         C: importance of each column, (in,), or None without the structured part.
+        S: values of the sparse residual, (N,), or None when N = 0.
+        positions: where they stand, int64 (N,), row * in + column, no two alike, or None when N = 0. In the factors of
+            a block of rows they count from the block's first entry, and those outside it concern other rows.
         beta: scale of the weight update U V.
         alpha1: scale of the low-rank importance A B.
         alpha2: scale of the structured importance R 1' + 1 C'.
@@ -35,14 +39,21 @@ class Factors(NamedTuple):
     B: Tensor | None = None
     R: Tensor | None = None
     C: Tensor | None = None
+    S: Tensor | None = None
+    positions: Tensor | None = None
     beta: float = 1.0
     alpha1: float = 1.0
     alpha2: float = 1.0
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """U, V, A, B, R, C in this order, None where a part is switched off."""
-        return self[:6]
+        """What trains: U, V, A, B, R, C, S in this order, None where a part is switched off."""
+        return self.U, self.V, self.A, self.B, self.R, self.C, self.S
+
+    @property
+    def scales(self) -> tuple[float, float, float]:
+        """beta, alpha1, alpha2."""
+        return self.beta, self.alpha1, self.alpha2
 
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,16 +67,17 @@ def score_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def updated_weight(weight: Tensor, factors: Factors) -> Tensor:
-    """The dense weight with the adapter's low-rank update, W = W0 + beta U V.
+    """The dense weight with the adapter's update, W = W0 + beta U V + S, low-rank and sparse.
 
     Args:
         weight: base weight W0, (out, in), any floating dtype.
-        factors: the adapter; U (out, r) and V (r, in) are read, or nothing is added when they are None.
+        factors: the adapter; U (out, r) and V (r, in), S and its positions (N,) are read; what is None adds nothing.
 
     Returns:
         W, (out, in), in `score_dtype(weight.dtype)`.
 
-    Source: Li et al. 2022, eq. for W; the update is LoRA's (arXiv 2106.09685).
+    Source: Li et al. 2022, eq. for W; the low-rank update is LoRA's (arXiv 2106.09685), the sparse one is DSEE's S2
+    (Chen et al., ACL 2023, arXiv 2111.00160).
 
     Example:
         >>> factors = Factors(U=torch.tensor([[1.0], [0.0]]), V=torch.tensor([[0.5, 0.25]]), beta=2.0)
@@ -77,11 +89,35 @@ def updated_weight(weight: Tensor, factors: Factors) -> Tensor:
 
 
 def add_update(weight: Tensor, factors: Factors) -> Tensor:
-    """Add beta U V to a weight that is already in score precision; the input is left as it is."""
-    if factors.U is None or factors.V is None:
-        return weight
-    U, V = factors.U.to(weight.dtype), factors.V.to(weight.dtype)
-    return torch.addmm(weight, U, V, alpha=factors.beta)
+    """Add beta U V + S to a weight, or a block of its rows, in score precision; the input is left as it is."""
+    updated = weight
+    if factors.U is not None and factors.V is not None:
+        U, V = factors.U.to(weight.dtype), factors.V.to(weight.dtype)
+        updated = torch.addmm(weight, U, V, alpha=factors.beta)
+    if factors.S is not None and factors.positions is not None:
+        if updated is weight:
+            updated = weight.clone(memory_format=torch.contiguous_format)
+        index, inside = locate(factors.positions, weight.numel())
+        updated.view(-1).index_add_(0, index, factors.S.to(weight.dtype).where(inside, 0))
+    return updated
+
+
+def locate(positions: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+    """Which positions fall within a block of rows, without asking the host how many.
+
+    Args:
+        positions: int64 (N,), counted from the first entry of the block.
+        numel: number of entries of the block.
+
+    Returns:
+        An index within the block for every position, (N,), and whether it means that position, boolean (N,). Where it
+        does not, the index is that of some entry, to which nothing may be added.
+
+    Example:
+        >>> locate(torch.tensor([-3, 2, 9]), numel=4)
+        (tensor([0, 2, 3]), tensor([False,  True, False]))
+    """
+    return positions.clamp(0, numel - 1), (positions >= 0) & (positions < numel)
 
 
 def importance_scores(weight: Tensor, factors: Factors) -> Tensor:

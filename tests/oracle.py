@@ -1,8 +1,9 @@
 """The method once more, from its formulas, in plain autograd: slow, obvious, and sharing no code with the package.
 
-    W = W0 + beta U V                         S = |W| + alpha1 A B + alpha2 (R 1' + 1 C')
+    W = W0 + beta U V + residual              S = |W| + alpha1 A B + alpha2 (R 1' + 1 C')
     M = 0 at the `count` lowest S, else 1     y = x (M * W)' + b
 
+The residual is a dense matrix here: `S` at the flat `positions`, row-major, and zero elsewhere.
 Matrices are (out, in). Everything is computed in the dtype of the tensors that come in, so float64 is a matter of
 passing float64. With several adapters the updates add up, each mask is selected from its own adapter's scores, and an
 entry is zero where any of them prunes.
@@ -28,6 +29,8 @@ class Adapter:
     B: Tensor | None = None
     R: Tensor | None = None
     C: Tensor | None = None
+    S: Tensor | None = None
+    positions: Tensor | None = None
     beta: float = 1.0
     alpha1: float = 1.0
     alpha2: float = 1.0
@@ -35,13 +38,16 @@ class Adapter:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return {name: tensor for name in "UVABRC" if (tensor := getattr(self, name)) is not None}
+        return {name: tensor for name in "UVABRCS" if (tensor := getattr(self, name)) is not None}
 
 
 def update(adapter: Adapter, weight: Tensor) -> Tensor:
-    if adapter.U is None or adapter.V is None:
-        return torch.zeros_like(weight)
-    return adapter.beta * (adapter.U @ adapter.V)
+    total = torch.zeros_like(weight)
+    if adapter.U is not None and adapter.V is not None:
+        total = total + adapter.beta * (adapter.U @ adapter.V)
+    if adapter.S is not None and adapter.positions is not None:
+        total = total + total.new_zeros(total.numel()).scatter(0, adapter.positions, adapter.S).reshape(total.shape)
+    return total
 
 
 def scores(weight: Tensor, adapter: Adapter) -> Tensor:

@@ -95,7 +95,7 @@ def test_two_adapters_against_the_oracle() -> None:
         adapters = []
         for name in ("b", "a"):
             factors = layer.get_factors(name)
-            tensors = dict(zip("UVABRC", factors.tensors, strict=True))
+            tensors = dict(zip("UVABRCS", factors.tensors, strict=True))
             adapters.append(oracle.Adapter(**tensors, count=num_pruned(96, 0.5 if name == "a" else 0.6)))
         expected = oracle.effective_weight(weight, adapters)
         torch.testing.assert_close(layer.get_masked_weight(), expected.detach(), rtol=1e-6, atol=1e-6)

@@ -367,6 +367,7 @@ def test_pst_options_come_from_the_config() -> None:
         "warmup_ratio": 0.2,
         "cooldown_ratio": 0.2,
         "total_steps": 10,
+        "mask_interval": None,
         "init_weights": "fan_in",
         "target_modules": ["query", "value"],
         "exclude_modules": ["attention.output.dense"],
@@ -388,6 +389,12 @@ def test_pst_options_come_from_the_config() -> None:
         arguments += [f"--{name}", *texts]
     assert parse(required + arguments).pst == PSTConfig(**given)
     assert {field.name for field in pst_fields()} == given.keys() | {"alpha1"}
+
+
+@pytest.mark.parametrize(("text", "expected"), [("4", 4), ("none", None)])
+def test_mask_interval_is_a_number_or_none(text: str, expected: int | None) -> None:
+    options = parse(["--model_name_or_path", "m", "--output_dir", "o", "--mask_interval", text])
+    assert options.pst.mask_interval == expected
 
 
 @pytest.mark.parametrize(

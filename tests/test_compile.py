@@ -12,13 +12,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from peft_pst import PSTConfig, update_sparsity
 
-CONFIG = {"target_modules": ["0", "2"], "r": 2, "score_rank": 2, "target_sparsity": 0.8}
+CONFIG = {"target_modules": ["0", "2"], "r": 2, "score_rank": 2, "residual": 5, "target_sparsity": 0.8}
 
 
-def make_model() -> nn.Module:
+def make_model(**options: object) -> nn.Module:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 24))
-    return get_peft_model(base, PSTConfig(**CONFIG))
+    return get_peft_model(base, PSTConfig(**CONFIG, **options))
 
 
 def train(model: nn.Module, forward: nn.Module, batches: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -39,10 +39,11 @@ def batches() -> list[torch.Tensor]:
     return list(torch.randn(12, 8, 24, generator=torch.Generator().manual_seed(1)))
 
 
+@pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_training_is_one_graph_with_the_eager_numbers(backend, batches):
+def test_compiled_training_is_one_graph_with_the_eager_numbers(backend, interval, batches):
     torch._dynamo.reset()
-    eager = make_model()
+    eager = make_model(mask_interval=interval)
     compiled = copy.deepcopy(eager)
     graphs = CompileCounterWithBackend(backend)
     expected = train(eager, eager, batches)

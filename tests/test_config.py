@@ -58,9 +58,25 @@ REFUSALS = [
         {"score_rank_pattern": {"key": 1.5}},
         "score_rank_pattern['key']=1.5 is not a rank; pass an integer of at least 0.",
     ),
+    ({"residual": -1}, "residual=-1 is not a number of entries; pass an integer of at least 0."),
+    ({"residual": 0.01}, "residual=0.01 is not a number of entries; pass an integer of at least 0."),
+    (
+        {"residual_pattern": {"key": None}},
+        "residual_pattern['key']=None is not a number of entries; pass an integer of at least 0.",
+    ),
+    (
+        {"residual": 4, "residual_positions": "largest"},
+        'residual_positions=\'largest\' is none of "grebsmo", "magnitude" and "random".',
+    ),
+    (
+        {"residual_positions": "random"},
+        "residual_positions='random' has nothing to place, because residual=0; set residual to the number of entries, "
+        "or leave residual_positions out.",
+    ),
     (
         {"r": 0, "score_rank": 0, "structured": False},
-        "r=0, score_rank=0 and structured=False leave nothing to train; switch on at least one of the three parts.",
+        "r=0, residual=0, score_rank=0 and structured=False leave nothing to train; switch on at least one of the four "
+        "parts.",
     ),
     ({"beta": 0.0}, "beta=0 switches a part off that would still take memory; set r=0 instead."),
     ({"alpha1": 0}, "alpha1=0 switches a part off that would still take memory; set score_rank=0 instead."),
@@ -122,6 +138,8 @@ def test_defaults() -> None:
         "r": 8,
         "score_rank": 8,
         "structured": True,
+        "residual": 0,
+        "residual_positions": "grebsmo",
         "beta": 1.0,
         "alpha1": 1.0,
         "alpha2": 1.0,
@@ -152,6 +170,8 @@ def test_the_type_is_none_of_pefts_own() -> None:
         {"warmup_ratio": 0.7, "cooldown_ratio": 0.3},
         {"warmup_ratio": 0, "cooldown_ratio": 0},
         {"alpha1": -1.0, "beta": 1},
+        {"r": 0, "score_rank": 0, "structured": False, "residual": 64},
+        {"residual_pattern": {"query": 8}, "residual_positions": "magnitude"},
         {"layers_to_transform": 0},
         {"init_weights": False},
         {"target_modules": "all-linear"},
@@ -190,6 +210,9 @@ RICH = {
     "sparsity_pattern": {"query": 0.5},
     "rank_pattern": {"query": 4},
     "score_rank_pattern": {"value": 0},
+    "residual": 16,
+    "residual_positions": "random",
+    "residual_pattern": {"value": 8},
     "task_type": "SEQ_CLS",
 }
 
@@ -249,6 +272,7 @@ def test_every_field_says_what_it_does() -> None:
             r"sparsity_pattern=\['up'\] is not a dict; pass \{module name or pattern: value\}",
         ),
         ({"rank_pattern": 3}, "rank_pattern=3 is not a dict"),
+        ({"residual_pattern": [8]}, r"residual_pattern=\[8\] is not a dict"),
         ({"score_rank_pattern": "up"}, "score_rank_pattern='up' is not a dict"),
         ({"structured": "yes"}, "structured='yes' is neither True nor False"),
         ({"fan_in_fan_out": 1}, "fan_in_fan_out=1 is neither True nor False"),
@@ -264,5 +288,6 @@ def test_values_of_another_kind_are_refused(options: dict[str, object], message:
 
 
 def test_patterns_may_be_none() -> None:
-    config = PSTConfig(sparsity_pattern=None, rank_pattern=None, score_rank_pattern=None)
-    assert config.sparsity_pattern == config.rank_pattern == config.score_rank_pattern == {}
+    config = PSTConfig(sparsity_pattern=None, rank_pattern=None, residual_pattern=None, score_rank_pattern=None)
+    patterns = ("sparsity_pattern", "rank_pattern", "residual_pattern", "score_rank_pattern")
+    assert all(getattr(config, name) == {} for name in patterns)

@@ -23,11 +23,15 @@ from peft_pst.masked_linear import Pruner, masked_linear
 from peft_pst.masking import num_pruned, pack_mask
 from peft_pst.scoring import Factors
 
-LETTERS = "UVABRC"
+LETTERS = "UVABRCS"
 
 # (out, in) of every adapted layer of BERT-base and of GPT-2 small, which stores its weights transposed.
 BERT_SHAPES = [("linear", 768, 768), ("linear", 3072, 768), ("linear", 768, 3072)]
 GPT2_SHAPES = [("conv1d", 2304, 768), ("conv1d", 768, 768), ("conv1d", 3072, 768), ("conv1d", 768, 3072)]
+
+
+# Anywhere in the matrix, and quick.
+PLACES = {"residual_positions": "random"}
 
 
 def make_base(kind: str, out: int, in_: int, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Module:
@@ -39,8 +43,8 @@ def make_base(kind: str, out: int, in_: int, dtype: torch.dtype = torch.float32,
 
 
 def adapt(base: nn.Module, **options: object) -> PSTLinear:
-    """An adapted layer with one adapter, "default"; everything through PEFT's public door."""
-    config = PSTConfig(target_modules=["0"], **options)
+    """An adapted layer with one adapter, "default", all parts on; everything through PEFT's public door."""
+    config = PSTConfig(target_modules=["0"], **{"residual": 7, **PLACES, **options})
     return get_peft_model(nn.Sequential(base), config).base_model.model[0]
 
 
@@ -65,7 +69,7 @@ def oracle_adapter(layer: PSTLinear, name: str = "default", dtype: torch.dtype |
         if tensor is not None
     }
     scales = {"beta": config.beta, "alpha1": config.alpha1, "alpha2": config.alpha2}
-    return oracle.Adapter(**leaves, **scales, count=layer.get_num_pruned(name))
+    return oracle.Adapter(**leaves, positions=factors.positions, **scales, count=layer.get_num_pruned(name))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -131,7 +135,7 @@ def test_paper_start_values(
 ) -> None:
     layer = adapt(make_base(kind, out, in_, dtype), init_weights="paper", initial_sparsity=sparsity)
     adapter = oracle_adapter(layer)
-    assert not any(adapter.tensors[letter].any() for letter in "VBRC")
+    assert not any(adapter.tensors[letter].any() for letter in "VBRCS")
     expected = oracle.mask(oracle.scores(dense_weight(layer), adapter), int(out * in_ * sparsity))
     assert torch.equal(layer.get_mask("default"), expected)
     x, gy = torch.randn(2, 12, in_, dtype=dtype), torch.randn(2, 12, out, dtype=dtype)
@@ -194,16 +198,18 @@ def test_sparsities(kind: str, sparsity: float) -> None:
         {"r": 0},
         {"score_rank": 0},
         {"structured": False},
+        {"residual": 0, "residual_positions": "grebsmo"},
         {"r": 0, "score_rank": 0},
         {"r": 0, "structured": False},
         {"score_rank": 0, "structured": False},
+        {"r": 0, "score_rank": 0, "structured": False},
     ],
     ids=str,
 )
 def test_parts_switched_off(options: dict[str, int]) -> None:
     layer = adapt(make_base("linear", 12, 20, torch.float64), initial_sparsity=0.6, **options)
     perturb(layer, std=0.3)
-    off = {"r": "UV", "score_rank": "AB", "structured": "RC"}
+    off = {"r": "UV", "score_rank": "AB", "structured": "RC", "residual": "S", "residual_positions": ""}
     expected = set(LETTERS) - set("".join(off[option] for option in options)) | {"x", "bias"}
     x, gy = torch.randn(5, 20).double(), torch.randn(5, 12).double()
     assert run(layer, x, gy)[1].keys() == expected
@@ -227,7 +233,7 @@ def test_zero_weights_have_no_sign() -> None:
 
 
 def frozen_subsets() -> list[str]:
-    return ["".join(letters) for size in range(6) for letters in itertools.combinations(LETTERS, size)]
+    return ["".join(letters) for size in range(7) for letters in itertools.combinations(LETTERS, size)]
 
 
 @pytest.mark.parametrize("frozen", frozen_subsets())
@@ -341,10 +347,10 @@ def test_nothing_of_the_layers_size_is_kept_for_backward() -> None:
     x = torch.randn(3, 640, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
         y = layer(x)
-    frozen = layer.get_base_layer().weight.data_ptr()
+    frozen, factors = layer.get_base_layer().weight.data_ptr(), layer.get_factors("default")
     assert frozen in kept
     assert sum(tensor.nbytes for pointer, tensor in kept.items() if pointer != frozen) <= (
-        320 * 640 // 8 + x.nbytes + sum(tensor.nbytes for tensor in layer.get_factors("default").tensors)
+        320 * 640 // 8 + x.nbytes + sum(tensor.nbytes for tensor in (*factors.tensors, factors.positions))
     )
     alive = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and thing.shape == (320, 640)]
     assert y.requires_grad
@@ -440,7 +446,7 @@ def test_float32_scores_of_a_half_precision_base() -> None:
     """An update too small for bfloat16 to hold still decides which weights are kept."""
     base = nn.Linear(4, 1, bias=False)
     nn.init.ones_(base.weight)
-    layer = adapt(base.to(torch.bfloat16), initial_sparsity=0.5, structured=False, r=1, score_rank=1)
+    layer = adapt(base.to(torch.bfloat16), initial_sparsity=0.5, structured=False, r=1, score_rank=1, residual=1)
     with torch.no_grad():
         layer.pst_U["default"].fill_(1.0)
         layer.pst_V["default"].copy_(torch.tensor([[4e-4, 1e-4, 3e-4, 2e-4]]))
@@ -473,8 +479,10 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 def two_adapters() -> PSTLinear:
     model = nn.Sequential(make_base("linear", 12, 20, torch.float64))
-    peft_model = get_peft_model(model, PSTConfig(target_modules=["0"], initial_sparsity=0.5, beta=0.8))
-    second = PSTConfig(target_modules=["0"], initial_sparsity=0.6, r=2, score_rank=3, alpha1=0.5, alpha2=2.0)
+    peft_model = get_peft_model(model, PSTConfig(target_modules=["0"], initial_sparsity=0.5, beta=0.8, residual=30))
+    second = PSTConfig(
+        target_modules=["0"], initial_sparsity=0.6, r=2, score_rank=3, alpha1=0.5, alpha2=2.0, residual=50, **PLACES
+    )
     peft_model.add_adapter("second", second)
     layer = peft_model.base_model.model[0]
     layer.set_adapter(["default", "second"])
@@ -519,10 +527,11 @@ def test_masked_linear_by_itself_with_three_pruners() -> None:
     out, in_ = 6, 9
     weight = torch.randn(out, in_, dtype=torch.float64)
     x = torch.randn(4, in_, dtype=torch.float64)
-    shapes = {"U": (out, 2), "V": (2, in_), "A": (out, 3), "B": (3, in_), "R": (out,), "C": (in_,)}
+    shapes = {"U": (out, 2), "V": (2, in_), "A": (out, 3), "B": (3, in_), "R": (out,), "C": (in_,), "S": (11,)}
     adapters = [
         oracle.Adapter(
             **{name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()},
+            positions=torch.randperm(out * in_)[:11],
             beta=0.3 * index,
             alpha1=0.5,
             alpha2=-0.2,
@@ -538,7 +547,7 @@ def test_masked_linear_by_itself_with_three_pruners() -> None:
     ]
     pruners = [
         Pruner(
-            Factors(**copy.tensors, beta=copy.beta, alpha1=copy.alpha1, alpha2=copy.alpha2),
+            Factors(**copy.tensors, positions=copy.positions, beta=copy.beta, alpha1=copy.alpha1, alpha2=copy.alpha2),
             pack_mask(oracle.mask(oracle.scores(weight, copy), copy.count)),
         )
         for copy in copies

@@ -13,6 +13,7 @@ from peft import (
     get_peft_model,
 )
 from tiny_models import (
+    BERT,
     activate,
     assert_same_tensors,
     layers_of,
@@ -29,6 +30,8 @@ from tiny_models import (
 from torch import nn
 from transformers import (
     PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -87,6 +90,19 @@ def test_merge_and_unload(make: Callable[[], PreTrainedModel]) -> None:
             assert module.weight.all()
     assert torch.equal(logits(merged), expected)
     assert not hasattr(merged, "peft_config")
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+def test_a_head_of_several_layers_survives(how: str) -> None:
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(RobertaConfig(**{**BERT, "pad_token_id": 1}))
+    adapted = train_a_little(get_peft_model(model, PSTConfig(task_type="SEQ_CLS"))).eval()
+    head = snapshot(adapted.base_model.model.classifier.modules_to_save["default"])
+    expected = logits(adapted)
+    plain = getattr(adapted, how)()
+    assert_same_tensors(plain.classifier.state_dict(), head)
+    if how == "merge_and_unload":
+        torch.testing.assert_close(logits(plain), expected, rtol=0, atol=0)
 
 
 def test_merge_from_a_schedule_in_mid_course() -> None:

@@ -202,11 +202,11 @@ def test_a_rank_pattern_may_switch_a_part_off() -> None:
 
 def test_patterns_that_leave_nothing_to_train_are_refused() -> None:
     config = PSTConfig(structured=False, rank_pattern={"layers.0.up": 0}, score_rank_pattern={"layers.0.up": 0})
-    with pytest.raises(ValueError, match=r"Layer layers\.0\.up: the patterns leave r=0 and score_rank=0"):
+    with pytest.raises(ValueError, match=r"Layer layers\.0\.up: the patterns leave r=0, residual=0 and score_rank=0"):
         get_peft_model(net(), config)
 
 
-@pytest.mark.parametrize("field", ["rank_pattern", "score_rank_pattern", "sparsity_pattern"])
+@pytest.mark.parametrize("field", ["rank_pattern", "residual_pattern", "score_rank_pattern", "sparsity_pattern"])
 def test_pattern_keys_that_match_nothing_are_named(field: str) -> None:
     config = PSTConfig(**{field: {"up": 0.5 if field == "sparsity_pattern" else 1, "nowhere": 0}})
     with pytest.warns(RuntimeWarning, match=rf"{field}.*nowhere") as caught:

@@ -8,13 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_pst.scoring import Factors, importance_scores, score_dtype, updated_weight
+from peft_pst.scoring import Factors, add_update, importance_scores, score_dtype, updated_weight
 
 sizes = st.integers(1, 7)
 scales = st.sampled_from([1.0, -1.0, 0.5, 3.0])
 
 
-def random_adapter(out: int, in_: int, r: int, score_rank: int, structured: bool, scale: float) -> oracle.Adapter:
+def random_adapter(
+    out: int, in_: int, r: int, score_rank: int, structured: bool, scale: float, residual: int = 0
+) -> oracle.Adapter:
     generator = torch.Generator().manual_seed(out * 100 + in_)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -23,16 +25,30 @@ def random_adapter(out: int, in_: int, r: int, score_rank: int, structured: bool
     update = {"U": draw(out, r), "V": draw(r, in_)} if r else {}
     low_rank = {"A": draw(out, score_rank), "B": draw(score_rank, in_)} if score_rank else {}
     rows_and_columns = {"R": draw(out), "C": draw(in_)} if structured else {}
-    return oracle.Adapter(**update, **low_rank, **rows_and_columns, beta=scale, alpha1=2 * scale, alpha2=-scale)
+    sparse = {"S": draw(residual), "positions": torch.randperm(out * in_, generator=generator)[:residual]}
+    parts = {**update, **low_rank, **rows_and_columns, **(sparse if residual else {})}
+    return oracle.Adapter(**parts, beta=scale, alpha1=2 * scale, alpha2=-scale)
 
 
 def as_factors(adapter: oracle.Adapter) -> Factors:
-    return Factors(**adapter.tensors, beta=adapter.beta, alpha1=adapter.alpha1, alpha2=adapter.alpha2)
+    return Factors(
+        **adapter.tensors, positions=adapter.positions, beta=adapter.beta, alpha1=adapter.alpha1, alpha2=adapter.alpha2
+    )
 
 
-@given(out=sizes, in_=sizes, r=st.integers(0, 3), score_rank=st.integers(0, 3), structured=st.booleans(), scale=scales)
-def test_against_the_oracle(out: int, in_: int, r: int, score_rank: int, structured: bool, scale: float) -> None:
-    adapter = random_adapter(out, in_, r, score_rank, structured, scale)
+@given(
+    out=sizes,
+    in_=sizes,
+    r=st.integers(0, 3),
+    score_rank=st.integers(0, 3),
+    structured=st.booleans(),
+    scale=scales,
+    residual=st.integers(0, 49),
+)
+def test_against_the_oracle(
+    out: int, in_: int, r: int, score_rank: int, structured: bool, scale: float, residual: int
+) -> None:
+    adapter = random_adapter(out, in_, r, score_rank, structured, scale, min(residual, out * in_))
     weight = torch.randn(out, in_, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     before = weight.clone()
     updated = updated_weight(weight, as_factors(adapter))
@@ -40,6 +56,19 @@ def test_against_the_oracle(out: int, in_: int, r: int, score_rank: int, structu
     scores = importance_scores(updated, as_factors(adapter))
     torch.testing.assert_close(scores, oracle.scores(weight, adapter), rtol=1e-12, atol=1e-12)
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("r", [0, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_residual_is_added_to_the_rows_that_are_there(r: int, transposed: bool) -> None:
+    """Block by block the same as at once, whatever the memory layout, and no block sees another's entries."""
+    adapter = random_adapter(7, 5, r, 0, False, 1.0, residual=9)
+    weight = torch.randn(5, 7, dtype=torch.float64).T if transposed else torch.randn(7, 5, dtype=torch.float64)
+    whole, factors = weight + oracle.update(adapter, weight), as_factors(adapter)
+    for start, stop in ((0, 3), (3, 4), (4, 7)):
+        U = None if factors.U is None else factors.U[start:stop]
+        rows = factors._replace(U=U, positions=adapter.positions - start * 5)
+        torch.testing.assert_close(add_update(weight[start:stop], rows), whole[start:stop], rtol=1e-12, atol=1e-12)
 
 
 def test_the_scores_leave_their_inputs_alone() -> None:

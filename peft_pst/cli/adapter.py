@@ -53,7 +53,7 @@ def add_adapter(base: Base, config: PSTConfig) -> PeftModel:
         if not _is_part_of(name, adapted):
             raise UserError(f"--target_modules: {name!r} matches no layer; {choice}")
     linears = [name for name in linears if _is_part_of(name, adapted)]
-    for option in ("sparsity_pattern", "rank_pattern", "score_rank_pattern"):
+    for option in ("sparsity_pattern", "rank_pattern", "residual_pattern", "score_rank_pattern"):
         _check_pattern_keys(option, getattr(config, option), adapted, linears)
     return model
 

@@ -65,6 +65,8 @@ def _reader(type_: Any) -> dict[str, Any]:
         return {"type": string_to_bool, "nargs": "?", "const": True}
     if bool in options:
         return {"type": _bool_or_name}
+    if type(None) in options:
+        return {"type": _count_or_none, "metavar": "N|none"}
     return {"type": int if int in options else float}
 
 
@@ -95,6 +97,10 @@ def _bool_or_name(text: str) -> bool | str:
         return string_to_bool(text)
     except argparse.ArgumentTypeError:
         return text
+
+
+def _count_or_none(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
 
 
 class _NamesOrPattern(argparse.Action):

@@ -1,0 +1,1 @@
+"""What `benchmarks/training_cost.py` is made of."""

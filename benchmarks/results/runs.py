@@ -1,0 +1,139 @@
+"""One run: everything that determines its result, and the file that its result lies in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .methods import METHODS
+from .settings import RATES, Rates, Settings, Training
+
+Split = Literal["validation", "held_out"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What determines a result.
+
+    Attributes:
+        model: as in the settings.
+        task: name of the task.
+        data: digest of the files that the task is read from; empty for the hub.
+        method: a key of `METHODS`.
+        options: of the method, as the settings give them.
+        resolved: what the method makes of them, defaults included, so that a changed default is another run.
+        sparsity: target, in [0, 1); 0 for a method that does not prune.
+        seed: of head, adapter, dropout and the order of the batches.
+        rates: learning rates by name, beside the head's.
+        training: what all methods have in common.
+        split: what is scored; "held_out" is a part of the training data.
+        held_out: number of training examples that are left out of training for it.
+        threads: of the process; sums differ in their last digits with them.
+        device: "cpu" or "cuda".
+    """
+
+    model: str
+    task: str
+    data: str
+    method: str
+    options: dict[str, Any]
+    resolved: dict[str, Any]
+    sparsity: float
+    seed: int
+    rates: Rates
+    training: Training
+    split: Split = "validation"
+    held_out: int = 0
+    threads: int = 1
+    device: str = "cpu"
+
+    @property
+    def key(self) -> str:
+        """Twelve hexadecimal digits that change with any field."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def file_name(self) -> str:
+        """The key, after what a reader wants to see of it."""
+        rates = "-".join(f"{name}{self.rates[name]:g}" for name in RATES if name in self.rates)
+        parts = [self.task, self.method, f"s{self.sparsity:g}", f"seed{self.seed}", rates, self.split, self.key]
+        return "_".join(parts) + ".json"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, from which `from_dict` makes an equal run."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Run:
+        """The run that `to_dict` wrote."""
+        return cls(**{**values, "training": Training(**values["training"])})
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a result depends on beyond the settings.
+
+    Attributes:
+        digests: of the files of each task, by name; "" for the hub.
+        threads: a process.
+        device: "cpu" or "cuda".
+    """
+
+    digests: dict[str, str]
+    threads: int = 1
+    device: str = "cpu"
+
+
+def make_run(
+    settings: Settings, machine: Machine, task: str, row: str, sparsity: float, seed: int, rates: Rates
+) -> Run:
+    """One cell of the table for one seed."""
+    method, options = settings.rows[row].method, settings.rows[row].options
+    return Run(
+        model=settings.model,
+        task=task,
+        data=machine.digests[task],
+        method=method,
+        options=options,
+        resolved=METHODS[method].resolve(options),
+        sparsity=sparsity,
+        seed=seed,
+        rates=rates,
+        training=settings.tasks[task],
+        threads=machine.threads,
+        device=machine.device,
+    )
+
+
+def cells(
+    settings: Settings, tasks: Iterable[str], rows: Iterable[str], sparsities: Iterable[float] | None = None
+) -> Iterator[tuple[str, str, float]]:
+    """(task, row, sparsity) of the table; `sparsities` leaves out others, except the 0 of what does not prune."""
+    wanted = None if sparsities is None else set(sparsities)
+    for task in tasks:
+        for row in rows:
+            for sparsity in settings.sparsities_of(row):
+                if wanted is None or sparsity in wanted or not METHODS[settings.rows[row].method].prunes:
+                    yield task, row, sparsity
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write beside and rename, so that an interrupted write leaves no half file under the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_result(folder: Path, run: Run) -> dict[str, Any] | None:
+    """The result of a finished run, or None."""
+    path = folder / run.file_name
+    return json.loads(path.read_text(encoding="utf-8"))["result"] if path.is_file() else None

@@ -1,0 +1,90 @@
+"""What a task hands to a run, and the order in which its examples are seen."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from ..runs import Run
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A model and its data, checked and tokenised.
+
+    Attributes:
+        model: the pretrained model, its head new.
+        task_type: as PEFT calls it.
+        new_modules: names of the modules that start at random, beyond the heads that PEFT knows.
+        pool: the training examples of this run, a `datasets.Dataset` in the order of the fixed shuffle.
+        collator: makes batches of them.
+        evaluate: scores a plain model on what the run's split says.
+        main_score: the name of the score that methods are compared by.
+        highest_is_best: whether more of it is better.
+    """
+
+    model: Any
+    task_type: str
+    new_modules: list[str]
+    pool: Any
+    collator: Callable[[list[Any]], dict[str, Any]]
+    evaluate: Callable[[nn.Module, TrainingArguments], Scores]
+    main_score: str
+    highest_is_best: bool = True
+
+
+def split_training(size: int, run: Run) -> tuple[list[int], list[int]]:
+    """The examples that a run trains on, and those of the training set that it holds out.
+
+    Both come from one shuffle that no seed of a run changes: the first are trained on, the last held out.
+
+    Args:
+        size: of the training set.
+        run: gives `held_out` and the training's `shuffle_seed` and `train_examples`.
+
+    Raises:
+        ValueError: if nothing is left to train on.
+    """
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(run.training.shuffle_seed)).tolist()
+    if run.held_out >= size:
+        raise ValueError(f"held_out={run.held_out} leaves none of {size} examples to train on; lower it.")
+    rest = size - run.held_out
+    return order[:rest][: run.training.train_examples], order[rest:]
+
+
+def num_steps(run: Run, pool_size: int) -> int:
+    """Optimizer steps of a run that trains on `pool_size` examples."""
+    if run.training.steps is not None:
+        return run.training.steps
+    assert run.training.epochs is not None  # the settings have one of the two
+    return math.ceil(run.training.epochs * pool_size / run.training.batch_size)
+
+
+def batch_order(pool_size: int, run: Run) -> list[int]:
+    """Which example of the pool is seen when: a new shuffle a pass, by the run's seed and nothing else.
+
+    The order is the same for every method, whatever random numbers it draws.
+
+    Returns:
+        `num_steps` times `batch_size` indices into the pool.
+    """
+    wanted = num_steps(run, pool_size) * run.training.batch_size
+    generator = torch.Generator().manual_seed(run.seed)
+    passes = math.ceil(wanted / pool_size)
+    order = torch.cat([torch.randperm(pool_size, generator=generator) for _ in range(passes)])
+    return order[:wanted].tolist()
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Twelve hexadecimal digits of what the files hold."""
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:12]

@@ -1,0 +1,198 @@
+"""One run from end to end: load, prepare, train, finish, count the zeros, score the plain model."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from transformers import Trainer, TrainingArguments, set_seed
+
+from peft_pst import num_pruned
+from peft_pst.report import count_zeros
+
+from .memory import PeakMemory
+from .methods import METHODS
+from .methods.masked import block_linears
+from .methods.protocol import Goal, Prepared, Start
+from .runs import Run
+from .tasks import LoadedTask, load_task
+from .tasks.protocol import batch_order, num_steps
+
+CALIBRATION_EXAMPLES = 128
+EVAL_BATCH_SIZE = 64
+
+
+class ResultsTrainer(Trainer):
+    """A Trainer whose loss may have a further term."""
+
+    def __init__(self, *, penalty: Callable[[], Tensor] | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.penalty = penalty
+        # Many classifiers accept the number of items in a batch and do not use it.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own loss, plus the penalty while training."""
+        loss: Any = super().compute_loss(*args, **kwargs)
+        if self.penalty is None or kwargs.get("return_outputs"):
+            return loss
+        return loss + self.penalty()
+
+
+def execute(run: Run, data: Path | None) -> dict[str, Any]:
+    """Train and score one run.
+
+    Args:
+        run: what to do.
+        data: folder of local data files, or None for the hub.
+
+    Returns:
+        JSON values: `scores` by name, and what they cost.
+
+    Raises:
+        RuntimeError: if the finished model does not have exactly the zeros that its sparsity promises.
+    """
+    if run.device == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    set_seed(run.seed)
+    task = load_task(run, data)
+    task.model.to(run.device)
+    memory = PeakMemory(task.model, run.device)
+    counter = ZeroCounter(task.model)
+    prepared = _prepare(run, task)
+    trained = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
+    _check_groups(prepared, trained)
+    wall, processor = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = training_arguments(run, len(task.pool), scratch)
+        loss = _train(run, task, prepared, arguments)
+        wall, processor = time.perf_counter() - wall, time.process_time() - processor
+        peak, facts = memory.bytes(), prepared.facts()
+        plain = prepared.finish()
+        zeros = counter.count(plain, run.sparsity, each=prepared.exact_matrices)
+        scores = task.evaluate(plain, arguments)
+    return {
+        "scores": scores,
+        "main_score": task.main_score,
+        "highest_is_best": task.highest_is_best,
+        "trained_parameters": trained,
+        "steps": arguments.max_steps,
+        "train_loss": loss,
+        "zeros": zeros,
+        "weights": counter.weights,
+        "peak_memory_bytes": peak,
+        "wall_seconds": wall,
+        "cpu_seconds": processor,
+        "facts": facts,
+    }
+
+
+def training_arguments(run: Run, pool_size: int, scratch: str) -> TrainingArguments:
+    """The Trainer's options, the same for every method."""
+    return TrainingArguments(
+        output_dir=scratch,
+        max_steps=num_steps(run, pool_size),
+        per_device_train_batch_size=run.training.batch_size,
+        per_device_eval_batch_size=EVAL_BATCH_SIZE,
+        train_sampling_strategy="sequential",  # the examples come in the order of `batch_order`
+        warmup_steps=run.training.warmup_steps,
+        lr_scheduler_type="linear",
+        label_smoothing_factor=run.training.label_smoothing,
+        bf16=run.training.precision == "bf16",
+        use_cpu=run.device == "cpu",
+        seed=run.seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=run.device == "cuda",
+        disable_tqdm=True,
+    )
+
+
+def _prepare(run: Run, task: LoadedTask) -> Prepared:
+    def calibration() -> Iterator[dict[str, Tensor]]:
+        for index in range(min(CALIBRATION_EXAMPLES, len(task.pool))):
+            batch = task.collator([task.pool[index]])
+            yield {name: tensor.to(run.device) for name, tensor in batch.items()}
+
+    head_modules = [*task.new_modules, *run.training.head_modules]
+    start = Start(task.model, task.task_type, head_modules, calibration)
+    method = METHODS[run.method]
+    goal = Goal(
+        run.sparsity,
+        lr=run.rates.get("lr", 0.0),
+        score_lr=run.rates.get("score_lr", 0.0),
+        head_lr=run.training.head_lr,
+        options={**method.defaults, **run.options},
+    )
+    set_seed(run.seed)
+    return method.prepare(start, goal)
+
+
+def _check_groups(prepared: Prepared, trained: int) -> None:
+    grouped = sum(parameter.numel() for group in prepared.groups for parameter in group["params"])
+    if grouped != trained:
+        raise RuntimeError(f"The optimizer has {grouped:,} parameters, but {trained:,} train.")
+
+
+def _train(run: Run, task: LoadedTask, prepared: Prepared, arguments: TrainingArguments) -> float:
+    trainer = ResultsTrainer(
+        penalty=prepared.penalty,
+        model=prepared.model,
+        args=arguments,
+        train_dataset=task.pool.select(batch_order(len(task.pool), run)),
+        data_collator=task.collator,
+        optimizers=(AdamW(prepared.groups, weight_decay=0.0), None),
+        callbacks=prepared.callbacks,
+    )
+    return trainer.train().training_loss
+
+
+class ZeroCounter:
+    """Counts zeros of the matrices that are adapted, and holds them against what was promised.
+
+    Args:
+        model: the pretrained model; zeros that it has already are no fault of a method that keeps them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.natural = {name: count_zeros(layer.weight) for name, layer in _matrices(model).items()}
+        self.sizes = {name: layer.weight.numel() for name, layer in _matrices(model).items()}
+        self.weights = sum(self.sizes.values())
+
+    def count(self, model: nn.Module, sparsity: float, *, each: bool) -> int:
+        """Zeros of all matrices of a plain model.
+
+        Args:
+            model: finished, with layers of the same names.
+            sparsity: what was promised, of each matrix or of all together.
+            each: which of the two.
+
+        Raises:
+            RuntimeError: if zeros are missing, or there are more than promised.
+        """
+        zeros = {name: count_zeros(model.get_submodule(name).weight) for name in self.sizes}  # type: ignore[arg-type]
+        total = sum(zeros.values())
+        if each:
+            for name, found in zeros.items():
+                _check_count(name, found, num_pruned(self.sizes[name], sparsity), self.natural[name])
+        else:
+            _check_count("all matrices", total, num_pruned(self.weights, sparsity), sum(self.natural.values()))
+        return total
+
+
+def _matrices(model: nn.Module) -> dict[str, Any]:
+    return dict(block_linears(model))
+
+
+def _check_count(name: str, found: int, promised: int, natural: int) -> None:
+    if not promised <= found <= promised + natural:
+        raise RuntimeError(
+            f"{name}: {found:,} zeros, but {promised:,} were promised (and {natural:,} were there from the start)."
+        )
