@@ -20,9 +20,9 @@ from .config import PSTConfig
 from .fingerprint import fingerprint, identity
 from .graph import register_layer, traced_packed_mask
 from .masked_linear import Pruner, effective_weight, masked_linear
-from .masking import num_pruned, pack_mask, select_mask, unpack_mask
+from .masking import num_pruned, pack_mask, select_packed_mask, unpack_mask
 from .residual import check_positions, residual_positions
-from .scoring import Factors, importance_scores, updated_weight
+from .scoring import Factors, base_scores
 
 
 @dataclass
@@ -291,7 +291,7 @@ class PSTLayer(BaseTunerLayer):
         """Importance of each weight, (out, in), from the dense base weight, also while merged."""
         factors = self.get_factors(adapter_name)
         with _outside_any_graph(self._base.weight.device):
-            return importance_scores(updated_weight(self._dense(), factors), factors)
+            return base_scores(self._dense(), factors)
 
     def get_mask(self, adapter_name: str) -> Tensor:
         """The mask now in force for one adapter, boolean (out, in), True = keep."""
@@ -341,7 +341,7 @@ class PSTLayer(BaseTunerLayer):
         count = self.get_num_pruned(adapter_name)
         try:
             with _outside_any_graph(self._base.weight.device):
-                return pack_mask(select_mask(self.get_scores(adapter_name), count))
+                return select_packed_mask(self.get_scores(adapter_name), count)
         except ValueError as error:
             raise ValueError(f"Layer {self.module_name}, adapter {adapter_name!r}: {error}") from error
 

@@ -30,11 +30,11 @@ def available(tensor: Tensor) -> bool:
         False
     """
     return (
-        tensor.is_cuda
+        not torch.compiler.is_compiling()
+        and tensor.is_cuda
         and tensor.dtype in SUPPORTED
         and 0 < tensor.numel() < _LARGEST
         and os.environ.get("PEFT_PST_TRITON") != "0"
-        and not torch.compiler.is_compiling()
         and _device_supports(tensor.device)
     )
 

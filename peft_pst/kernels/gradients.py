@@ -3,11 +3,12 @@
 With G = dL/dW_eff, W = W0 + beta U V and the mask M
 
     dS = G * W          dW = G * M + dS * sign(W) = G * M + G * |W|
-    dU = beta dW V'     dV = beta U' dW     dA = alpha1 dS B'     dB = alpha1 A' dS     dR = alpha2 dS 1     dC = alpha2 dS' 1
+    dU = beta dW V'     dV = beta U' dW
+    dA = alpha1 dS B'   dB = alpha1 A' dS   dR = alpha2 dS 1   dC = alpha2 dS' 1
 
 dS and dW exist only as tiles in registers. A program goes along `STRIP` columns of `ROWS` rows and leaves what it
-contributes in arrays of its own, which are added up afterwards: always in the same order, so that the result is the same
-in every run.
+contributes in arrays of its own. These are added up afterwards, always in the same order, so that the result is the
+same in every run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..scoring import Factors
-from .weights import add_product, load_mask
+from .weights import add_product, as_arguments, load_mask
 
 ROWS, COLUMNS, STRIP = 64, 64, 512
 LARGEST_RANK = 64
@@ -33,32 +34,32 @@ def add_gradients(grad: Tensor, weight: Tensor, factors: Factors, packed: Tensor
     """Add what some rows contribute to the gradients of the factors.
 
     Args:
-        grad: G, (rows, in), in any of the dtypes the kernels support.
+        grad: G, (rows, in), float32, bfloat16 or float16.
         weight: the base weight of these rows, (rows, in), any strides.
-        factors: the adapter, with U (rows, r), A (rows, score_rank) and R (rows,) of these rows; any part may be None.
+        factors: the adapter, with U (rows, r), A (rows, score_rank) and R (rows,) of these rows; any part may be None,
+            and S has to be.
         packed: the mask of these rows, as `pack_mask` stores it.
         total: what to add to, in the shapes of `factors`, float32; None where no gradient is wanted.
     """
     height, width = weight.shape
     row_strips, column_strips = triton.cdiv(height, ROWS), triton.cdiv(width, STRIP)
+    totals = (total.U, total.V, total.A, total.B, total.R, total.C)
     parts = [
         None if tensor is None else torch.empty((strips, *tensor.shape), dtype=torch.float32, device=weight.device)
-        for tensor, strips in zip(total.tensors, (column_strips, row_strips) * 3, strict=True)
+        for tensor, strips in zip(totals, (column_strips, row_strips) * 3, strict=True)
     ]
-    update = [weight if tensor is None else tensor.contiguous() for tensor in factors.tensors[:2]]
-    low_rank = [weight if tensor is None else tensor.contiguous() for tensor in factors.tensors[2:4]]
-    rank = 0 if factors.U is None else factors.U.shape[1]
-    score_rank = 0 if factors.A is None else factors.A.shape[1]
+    *update, rank = as_arguments(factors.U, factors.V, weight)
+    *low_rank, score_rank = as_arguments(factors.A, factors.B, weight)
     wanted = {f"WANTS_{letter}": part is not None for letter, part in zip("UVABRC", parts, strict=True)}
     with torch.cuda.device_of(weight):
         _reduce[(column_strips, row_strips)](
             grad.contiguous(), weight, *weight.stride(), *update, rank, float(factors.beta), *low_rank, score_rank,
             packed, *(weight if part is None else part for part in parts), height, width,
-            HAS_UPDATE=rank > 0, WHOLE_BYTES=width % 8 == 0, RANK=_padded(rank), SCORE_RANK=_padded(score_rank), **wanted,
-            ROWS=ROWS, COLUMNS=COLUMNS, STRIP=STRIP, IN_HALVES=grad.element_size() < 4, num_warps=4,
+            HAS_UPDATE=rank > 0, WHOLE_BYTES=width % 8 == 0, RANK=_padded(rank), SCORE_RANK=_padded(score_rank),
+            **wanted, ROWS=ROWS, COLUMNS=COLUMNS, STRIP=STRIP, IN_HALVES=grad.element_size() < 4, num_warps=4,
         )  # fmt: skip
     scales = (factors.beta, factors.beta, factors.alpha1, factors.alpha1, factors.alpha2, factors.alpha2)
-    for tensor, part, scale in zip(total.tensors, parts, scales, strict=True):
+    for tensor, part, scale in zip(totals, parts, scales, strict=True):
         if tensor is not None and part is not None:
             tensor.add_(part.sum(0), alpha=scale)
 
@@ -153,13 +154,9 @@ def _reduce(
             sums = _dot(tl.trans(grad_weight), _load_rows(U, rank, row, height, RANK), IN_HALVES)
             _store_columns(part_V + row_strip * rank * width, sums, rank, column, width, RANK)
         if WANTS_A:
-            sum_A += _dot(
-                grad_scores, _load_columns(B, score_rank, column, width, SCORE_RANK), IN_HALVES
-            )
+            sum_A += _dot(grad_scores, _load_columns(B, score_rank, column, width, SCORE_RANK), IN_HALVES)
         if WANTS_B:
-            sums = _dot(
-                tl.trans(grad_scores), _load_rows(A, score_rank, row, height, SCORE_RANK), IN_HALVES
-            )
+            sums = _dot(tl.trans(grad_scores), _load_rows(A, score_rank, row, height, SCORE_RANK), IN_HALVES)
             _store_columns(part_B + row_strip * score_rank * width, sums, score_rank, column, width, SCORE_RANK)
         if WANTS_R:
             sum_R += tl.sum(grad_scores, 1)

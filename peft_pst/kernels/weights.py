@@ -20,7 +20,7 @@ def effective_weight(weight: Tensor, factors: Factors, packed: Tensor, dtype: to
 
     Args:
         weight: base weight W0, (out, in), any strides; float32, bfloat16 or float16, on a CUDA device.
-        factors: U (out, r) and V (r, in) are read, or nothing is added when they are None.
+        factors: U (out, r) and V (r, in) are read, or nothing is added when they are None; S has to be None.
         packed: the mask, as `pack_mask` stores it.
         dtype: of the result; float32, bfloat16 or float16.
 
@@ -30,8 +30,8 @@ def effective_weight(weight: Tensor, factors: Factors, packed: Tensor, dtype: to
     effective = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     with torch.cuda.device_of(weight):
         _effective_weight[_grid(weight)](
-            weight, *weight.stride(), *_product(factors.U, factors.V, weight), factors.beta, packed, effective,
-            *weight.shape, HAS_UPDATE=factors.U is not None, WHOLE_BYTES=weight.shape[1] % 8 == 0,
+            weight, *weight.stride(), *as_arguments(factors.U, factors.V, weight), float(factors.beta), packed,
+            effective, *weight.shape, HAS_UPDATE=factors.U is not None, WHOLE_BYTES=weight.shape[1] % 8 == 0,
             ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip
     return effective
@@ -42,7 +42,7 @@ def importance_scores(weight: Tensor, factors: Factors) -> Tensor:
 
     Args:
         weight: base weight W0, (out, in), any strides; float32, bfloat16 or float16, on a CUDA device.
-        factors: the adapter; each part may be None.
+        factors: the adapter; each part may be None, and S has to be.
 
     Returns:
         S, (out, in), float32, contiguous.
@@ -52,8 +52,9 @@ def importance_scores(weight: Tensor, factors: Factors) -> Tensor:
     R, C = (tensor.contiguous() if tensor is not None else weight for tensor in (factors.R, factors.C))
     with torch.cuda.device_of(weight):
         _importance_scores[_grid(weight)](
-            weight, *weight.stride(), *_product(factors.U, factors.V, weight), factors.beta,
-            *_product(factors.A, factors.B, weight), factors.alpha1, R, C, factors.alpha2, scores, *weight.shape,
+            weight, *weight.stride(), *as_arguments(factors.U, factors.V, weight), float(factors.beta),
+            *as_arguments(factors.A, factors.B, weight), float(factors.alpha1),
+            R, C, float(factors.alpha2), scores, *weight.shape,
             HAS_UPDATE=factors.U is not None, HAS_LOW_RANK=factors.A is not None, HAS_STRUCTURED=structured,
             ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip
@@ -64,7 +65,7 @@ def _grid(weight: Tensor) -> tuple[int, int]:
     return triton.cdiv(weight.shape[1], COLUMNS), triton.cdiv(weight.shape[0], ROWS)
 
 
-def _product(left: Tensor | None, right: Tensor | None, stand_in: Tensor) -> tuple[Tensor, Tensor, int]:
+def as_arguments(left: Tensor | None, right: Tensor | None, stand_in: Tensor) -> tuple[Tensor, Tensor, int]:
     """The factors of a product and its rank, as kernels take them; a part that is absent is never read."""
     if left is None or right is None:
         return stand_in, stand_in, 0
