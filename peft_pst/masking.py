@@ -125,11 +125,20 @@ def _select_on_device(flat: Tensor, count: int) -> Tensor:
     Nor can a NaN be refused without asking; it is kept, as the highest score, so that the count holds.
     """
     flat = flat.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
-    threshold = flat.float().kthvalue(count).values if flat.element_size() < 4 else flat.kthvalue(count).values
+    keys = flat.float() if flat.element_size() < 4 else flat
+    kept = flat.numel() - count
+    if kept == 0:
+        return torch.zeros_like(flat, dtype=torch.bool)
+    # Unlike `kthvalue`, which runs on one multiprocessor, `topk` spreads its radix selection over all; the smaller side
+    # is the cheaper to write. Either way no score above the threshold is pruned, and none below is kept.
+    if kept < count:
+        threshold = keys.topk(kept, sorted=False).values.amin()
+    else:
+        threshold = keys.topk(count, largest=False, sorted=False).values.amax()
     mask = flat > threshold
     ties = flat == threshold
-    position = ties.cumsum(0)
-    return mask | (ties & (position > position[-1] - (flat.numel() - count - mask.sum())))
+    position = ties.cumsum(0, dtype=torch.int32 if flat.numel() < 2**31 else torch.int64)
+    return mask | (ties & (position > position[-1] - (kept - mask.sum())))
 
 
 def topk_mask(scores: Tensor, sparsity: float) -> Tensor:

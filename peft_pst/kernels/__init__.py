@@ -23,7 +23,8 @@ def available(tensor: Tensor) -> bool:
     """Whether the kernels can take the place of torch's operations on a matrix like this one.
 
     That is so for float32, bfloat16 and float16 on an NVIDIA GPU of compute capability 8.0 or later, where Triton is
-    installed; not while `torch.compile` traces, which fuses the torch operations itself.
+    installed; not while `torch.compile` traces, which fuses the torch operations itself, nor for subclasses of tensors,
+    whose data may be elsewhere.
 
     Example:
         >>> available(torch.zeros(2, 3))
@@ -33,10 +34,17 @@ def available(tensor: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and tensor.is_cuda
         and tensor.dtype in SUPPORTED
-        and 0 < tensor.numel() < _LARGEST
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and 0 < tensor.numel() <= _LARGEST
+        and _span(tensor) <= _LARGEST
         and os.environ.get("PEFT_PST_TRITON") != "0"
         and _device_supports(tensor.device)
     )
+
+
+def _span(tensor: Tensor) -> int:
+    """How far apart in memory the first and the last entry lie, which may be more than there are entries."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @cache

@@ -52,7 +52,7 @@ def add_gradients(grad: Tensor, weight: Tensor, factors: Factors, packed: Tensor
     *low_rank, score_rank = as_arguments(factors.A, factors.B, weight)
     wanted = {f"WANTS_{letter}": part is not None for letter, part in zip("UVABRC", parts, strict=True)}
     with torch.cuda.device_of(weight):
-        _reduce[(column_strips, row_strips)](
+        _reduce[(row_strips, column_strips)](
             grad.contiguous(), weight, *weight.stride(), *update, rank, float(factors.beta), *low_rank, score_rank,
             packed, *(weight if part is None else part for part in parts), height, width,
             HAS_UPDATE=rank > 0, WHOLE_BYTES=width % 8 == 0, RANK=_padded(rank), SCORE_RANK=_padded(score_rank),
@@ -130,8 +130,8 @@ def _reduce(
     WANTS_R: tl.constexpr, WANTS_C: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr, IN_HALVES: tl.constexpr,
 ):  # fmt: skip
-    column_strip = tl.program_id(0)
-    row_strip = tl.program_id(1)
+    row_strip = tl.program_id(0)
+    column_strip = tl.program_id(1)
     row = row_strip * ROWS + tl.arange(0, ROWS)
     sum_U = tl.zeros((ROWS, RANK), tl.float32)
     sum_A = tl.zeros((ROWS, SCORE_RANK), tl.float32)

@@ -62,7 +62,7 @@ def importance_scores(weight: Tensor, factors: Factors) -> Tensor:
 
 
 def _grid(weight: Tensor) -> tuple[int, int]:
-    return triton.cdiv(weight.shape[1], COLUMNS), triton.cdiv(weight.shape[0], ROWS)
+    return triton.cdiv(weight.shape[0], ROWS), triton.cdiv(weight.shape[1], COLUMNS)
 
 
 def as_arguments(left: Tensor | None, right: Tensor | None, stand_in: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -111,14 +111,14 @@ def _effective_weight(
     weight, row_stride, column_stride, U, V, rank, beta, packed, effective, height, width,
     HAS_UPDATE: tl.constexpr, WHOLE_BYTES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row[:, None] < height) & (column[None, :] < width)
     base = tl.load(weight + row[:, None] * row_stride + column[None, :] * column_stride, mask=inside, other=0)
     total = base.to(tl.float32)
     if HAS_UPDATE:
         total = add_product(total, U, V, rank, beta, row, column, height, width)
-    kept = load_mask(packed, row, tl.program_id(0) * COLUMNS, height, width, WHOLE_BYTES, COLUMNS)
+    kept = load_mask(packed, row, tl.program_id(1) * COLUMNS, height, width, WHOLE_BYTES, COLUMNS)
     total = tl.where(kept != 0, total, 0.0)
     rounded = total.to(base.dtype).to(effective.dtype.element_ty)
     tl.store(effective + row[:, None] * width + column[None, :], rounded, mask=inside)
@@ -130,8 +130,8 @@ def _importance_scores(
     HAS_UPDATE: tl.constexpr, HAS_LOW_RANK: tl.constexpr, HAS_STRUCTURED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row[:, None] < height) & (column[None, :] < width)
     base = tl.load(weight + row[:, None] * row_stride + column[None, :] * column_stride, mask=inside, other=0)
     total = base.to(tl.float32)
