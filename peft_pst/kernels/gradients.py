@@ -21,7 +21,8 @@ from torch import Tensor
 from ..scoring import Factors
 from .weights import add_product, as_arguments, load_mask
 
-ROWS, COLUMNS, STRIP = 64, 64, 512
+ROWS, STRIP = 64, 512
+COLUMNS = {2: 64, 4: 32}  # of a tile, by the bytes of an entry of G: exact products in float32 take more registers
 LARGEST_RANK = 64
 
 
@@ -56,7 +57,8 @@ def add_gradients(grad: Tensor, weight: Tensor, factors: Factors, packed: Tensor
             grad.contiguous(), weight, *weight.stride(), *update, rank, float(factors.beta), *low_rank, score_rank,
             packed, *(weight if part is None else part for part in parts), height, width,
             HAS_UPDATE=rank > 0, WHOLE_BYTES=width % 8 == 0, RANK=_padded(rank), SCORE_RANK=_padded(score_rank),
-            **wanted, ROWS=ROWS, COLUMNS=COLUMNS, STRIP=STRIP, IN_HALVES=grad.element_size() < 4, num_warps=4,
+            **wanted, ROWS=ROWS, COLUMNS=COLUMNS[grad.element_size()], STRIP=STRIP,
+            IN_HALVES=grad.element_size() < 4, num_warps=4,
         )  # fmt: skip
     scales = (factors.beta, factors.beta, factors.alpha1, factors.alpha1, factors.alpha2, factors.alpha2)
     for tensor, part, scale in zip(totals, parts, scales, strict=True):
