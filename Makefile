@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-slow test-gpu benchmark check clean
+.PHONY: demo test test-slow test-gpu test-kernels benchmark check clean
 
 demo: $(VENV)/demo.stamp  ## fine-tune, prune, merge and reload a real model on real data (about four minutes)
 	$(BIN)/peft-pst demo
@@ -17,6 +17,10 @@ test-slow: $(VENV)/test.stamp $(VENV)/demo.stamp  ## what takes minutes or the d
 
 test-gpu: $(VENV)/test.stamp  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+test-kernels: $(VENV)/test.stamp  ## the GPU kernels without a GPU: interpreted, and compiled for two kinds (four minutes)
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet triton==3.9.0
+	$(BIN)/python -m pytest -m slow tests/test_kernels.py
 
 COST := $(BIN)/python benchmarks/training_cost.py --output benchmarks/results/training_cost
 
