@@ -96,6 +96,7 @@ class Search:
     Attributes:
         budget: candidates a method has, the same for all.
         held_out: training examples, the last of the fixed shuffle, that are scored and not trained on.
+        held_out_of: the same for tasks that have too few examples for it, by name.
         seed: of the search's runs; none of the table's.
         steps: optimizer steps of a candidate; None for as many as the table's runs have.
         groups: sparsities that share their learning rates; each group is searched at its last sparsity.
@@ -103,6 +104,7 @@ class Search:
 
     budget: int = 4
     held_out: int = 1000
+    held_out_of: dict[str, int] = field(default_factory=dict)
     seed: int = 1000
     steps: int | None = None
     groups: tuple[tuple[float, ...], ...] = ()
