@@ -14,7 +14,17 @@ from peft_pst.schedule import check_sparsity
 from .methods import METHODS
 
 RATES = ("lr", "score_lr")
-_ABOVE_0 = ("steps", "epochs", "batch_size", "train_examples", "max_length", "head_lr", "eval_examples", "beams")
+_ABOVE_0 = (
+    "steps",
+    "epochs",
+    "batch_size",
+    "train_examples",
+    "max_length",
+    "head_lr",
+    "eval_examples",
+    "beams",
+    "max_new_tokens",
+)
 
 Rates = dict[str, float]
 
@@ -40,6 +50,7 @@ class Training:
         label_smoothing: of the loss, in [0, 1).
         eval_examples: sources that are decoded, the first of a fixed shuffle, for text generation; None for all.
         beams: of the search that decodes them.
+        max_new_tokens: of a decoded text at most.
     """
 
     steps: int | None = None
@@ -55,6 +66,7 @@ class Training:
     label_smoothing: float = 0.0
     eval_examples: int | None = None
     beams: int = 10
+    max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):

@@ -72,7 +72,14 @@ def load(run: Run, data: Path | None) -> LoadedTask:
 
     def evaluate(model: nn.Module, arguments: TrainingArguments) -> Scores:
         sources = [example.source for example in chosen]
-        texts = beam_search(model, base.tokenizer, sources, beams=run.training.beams, progress=False)
+        texts = beam_search(
+            model,
+            base.tokenizer,
+            sources,
+            beams=run.training.beams,
+            max_new_tokens=run.training.max_new_tokens,
+            progress=False,
+        )
         return score_groups(texts, chosen)
 
     collator: Any = padding_collator(base.tokenizer)
