@@ -362,6 +362,8 @@ def test_pst_options_come_from_the_config() -> None:
         "r": 4,
         "score_rank": 0,
         "structured": True,
+        "residual": 16,
+        "residual_positions": "magnitude",
         "beta": 2.0,
         "alpha2": 0.5,
         "warmup_ratio": 0.2,
@@ -378,6 +380,7 @@ def test_pst_options_come_from_the_config() -> None:
         "fan_in_fan_out": False,
         "sparsity_pattern": {"query": 0.5},
         "rank_pattern": {"query": 2},
+        "residual_pattern": {"value": 0},
         "score_rank_pattern": {},
     }
     arguments = []
