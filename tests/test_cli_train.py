@@ -414,6 +414,13 @@ def test_single_target_is_a_name_or_a_pattern(values: list[str], expected: set[s
     assert options.pst.target_modules == expected
 
 
+def test_dsee_is_a_preset() -> None:
+    given = ["--model_name_or_path", "m", "--output_dir", "o", "--preset", "dsee", "--target_sparsity", "0.5"]
+    assert parse([*given, "--residual_positions", "random"]).pst == PSTConfig.dsee(
+        target_sparsity=0.5, residual_positions="random"
+    )
+
+
 def test_preset_is_the_papers_and_can_be_changed() -> None:
     required = ["--model_name_or_path", "m", "--output_dir", "o", "--preset", "paper"]
     assert parse(required).pst == PSTConfig.paper()
