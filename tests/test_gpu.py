@@ -51,7 +51,7 @@ def test_the_gpu_selects_the_same_entries(sparsity):
 def test_a_training_step_on_the_gpu_equals_one_on_the_cpu(dtype):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 8)).to(dtype)
-    on_cpu = get_peft_model(base, PSTConfig(target_modules=["0", "2"], target_sparsity=0.9))
+    on_cpu = get_peft_model(base, PSTConfig(target_modules=["0", "2"], target_sparsity=0.9, residual=7))
     update_sparsity(on_cpu, 1, 1)
     on_gpu = copy.deepcopy(on_cpu).cuda()
     x = torch.randn(32, 96, dtype=dtype)
@@ -66,9 +66,10 @@ def test_a_training_step_on_the_gpu_equals_one_on_the_cpu(dtype):
 @pytest.mark.gpu
 @needs_gpu
 def test_a_step_does_not_wait_for_the_host():
-    model = get_peft_model(nn.Sequential(nn.Linear(96, 64)), PSTConfig(target_modules=["0"])).cuda()
-    update_sparsity(model, 1, 1)
+    model = get_peft_model(nn.Sequential(nn.Linear(96, 64)), PSTConfig(target_modules=["0"], residual=7)).cuda()
     x = torch.randn(32, 96, device="cuda")
+    model(x)  # looks at what has come from elsewhere, once
+    update_sparsity(model, 1, 1)
     torch.cuda.set_sync_debug_mode("error")
     try:
         model(x).square().mean().backward()
