@@ -20,9 +20,9 @@ from .config import PSTConfig
 from .fingerprint import fingerprint, identity
 from .graph import register_layer, traced_packed_mask
 from .masked_linear import Pruner, effective_weight, masked_linear
-from .masking import num_pruned, pack_mask, select_mask, unpack_mask
+from .masking import num_pruned, pack_mask, select_packed_mask, unpack_mask
 from .residual import check_positions, residual_positions
-from .scoring import Factors, add_update, importance_scores, score_dtype, updated_weight
+from .scoring import Factors, add_update, base_scores, score_dtype
 
 
 @dataclass
@@ -336,7 +336,7 @@ class PSTLayer(BaseTunerLayer):
         """Importance of each weight, (out, in), from the dense base weight, also while merged."""
         factors = self.get_factors(adapter_name)
         with _outside_any_graph(self._base.weight.device):
-            return importance_scores(updated_weight(self._dense(), factors), factors)
+            return base_scores(self._dense(), factors)
 
     def get_update(self, adapter_name: str) -> Tensor:
         """What one adapter adds to the base weight before masking, beta U V + S, (out, in), in score precision."""
@@ -396,7 +396,7 @@ class PSTLayer(BaseTunerLayer):
         count = self.get_num_pruned(adapter_name)
         try:
             with _outside_any_graph(self._base.weight.device):
-                return pack_mask(select_mask(self.get_scores(adapter_name), count))
+                return select_packed_mask(self.get_scores(adapter_name), count)
         except ValueError as error:
             raise ValueError(f"Layer {self.module_name}, adapter {adapter_name!r}: {error}") from error
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import kernels
 from .masking import masked_weight
 from .scoring import Factors, add_update, locate, score_dtype
 
@@ -26,15 +27,16 @@ class Pruner(NamedTuple):
     mask: Tensor
 
 
-def effective_weight(weight: Tensor, pruners: Sequence[Pruner]) -> Tensor:
+def effective_weight(weight: Tensor, pruners: Sequence[Pruner], dtype: torch.dtype | None = None) -> Tensor:
     """The weight that multiplies the input: (W0 + sum_i (beta_i U_i V_i + S_i)), zero where any adapter prunes.
 
     Args:
         weight: base weight W0, (out, in), any floating dtype.
         pruners: the active adapters, at least one; their order does not matter beyond the rounding of the sum.
+        dtype: what to round the result to once it has been rounded to the dtype of `weight`; by default nothing.
 
     Returns:
-        (out, in), in the dtype of `weight`, with +0.0 at every pruned entry.
+        (out, in), in the dtype of `weight` or in `dtype`, with +0.0 at every pruned entry.
 
     Source: Li et al. 2022 (arXiv 2205.11005), y = x (M * W)' + b, for one adapter; the product of masks for several.
 
@@ -46,8 +48,17 @@ def effective_weight(weight: Tensor, pruners: Sequence[Pruner]) -> Tensor:
         tensor([[1.5000, 0.0000],
                 [1.5000, 1.0000]])
     """
+    dtype = dtype or weight.dtype
+    if _has_kernels(weight, pruners) and dtype in kernels.SUPPORTED:
+        from .kernels import weights  # imports Triton
+
+        return weights.effective_weight(weight, *pruners[0], dtype)
     mask = _intersection([pruner.mask for pruner in pruners])
-    return masked_weight(_updated(weight, pruners), mask).to(weight.dtype)
+    return masked_weight(_updated(weight, pruners), mask).to(weight.dtype).to(dtype)
+
+
+def _has_kernels(weight: Tensor, pruners: Sequence[Pruner]) -> bool:
+    return len(pruners) == 1 and pruners[0].factors.S is None and kernels.available(weight)
 
 
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pruners: Sequence[Pruner]) -> Tensor:
@@ -135,11 +146,12 @@ class _MaskedLinear(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            effective = effective_weight(weight, _pruners(tensors, scales))
             ctx.input_dtype = x.dtype
-            if autocast_dtype is not None and x.dtype != torch.float64:
-                x, effective = x.to(autocast_dtype), effective.to(autocast_dtype)
-                bias = bias if bias is None else bias.to(autocast_dtype)
+            dtype = None if x.dtype == torch.float64 else autocast_dtype
+            effective = effective_weight(weight, _pruners(tensors, scales), dtype)
+            if dtype is not None:
+                x = x.to(dtype)
+                bias = bias if bias is None else bias.to(dtype)
             output = F.linear(x, effective, bias)
         ctx.scales = scales
         # No layer-sized tensor but the frozen base weight, which lives anyway, and the packed masks.
@@ -158,7 +170,7 @@ class _MaskedLinear(torch.autograd.Function):
         with torch.autocast(grad_output.device.type, enabled=False):
             grad_output = grad_output.to(x.dtype)
             if wants_x:
-                grad_x = (grad_output @ effective_weight(weight, pruners).to(x.dtype)).to(ctx.input_dtype)
+                grad_x = (grad_output @ effective_weight(weight, pruners, x.dtype)).to(ctx.input_dtype)
             rows = grad_output.reshape(-1, weight.shape[0])
             if wants_bias:
                 grad_bias = rows.sum(0)
@@ -191,16 +203,35 @@ def _parameter_gradients(
     total_factors = [pruner.factors for pruner in _pruners(totals, [pruner.factors.scales for pruner in pruners])]
     for large in _row_blocks(0, weight.shape[0], weight.shape[1], _PRODUCT_NUMEL):
         grad = rows[:, large].T @ x
-        for block in _row_blocks(large.start, large.stop, weight.shape[1], _reduction_numel(weight)):
-            part = grad[block.start - large.start : block.stop - large.start].to(dtype)
-            total_weight = None if grad_weight is None else grad_weight[block]
-            selected = [_rows(pruner, block, weight.shape[1]) for pruner in pruners]
-            _add_block(part, weight[block], selected, block, total_weight, total_factors)
+        _add_rows(grad, weight, pruners, large, grad_weight, total_factors)
     cast_totals = [
         None if total is None else total.to(cast("Tensor", tensor).dtype)
         for total, tensor in zip(totals, tensors, strict=True)
     ]
     return None if grad_weight is None else grad_weight.to(weight.dtype), cast_totals
+
+
+def _add_rows(
+    grad: Tensor,
+    weight: Tensor,
+    pruners: Sequence[Pruner],
+    rows: slice,
+    total_weight: Tensor | None,
+    totals: Sequence[Factors],
+) -> None:
+    """Add what G = `grad`, (rows, in), contributes to all gradients; `weight` and `pruners` are of all rows."""
+    width = weight.shape[1]
+    if total_weight is None and _has_kernels(weight, pruners) and grad.dtype in kernels.SUPPORTED:
+        from .kernels import gradients  # imports Triton
+
+        if gradients.supports(pruners[0].factors):
+            own, total = _rows(pruners[0], rows, width), _rows(Pruner(totals[0], pruners[0].mask), rows, width)
+            gradients.add_gradients(grad, weight[rows], *own, total.factors)
+            return
+    for block in _row_blocks(rows.start, rows.stop, width, _reduction_numel(weight)):
+        part = grad[block.start - rows.start : block.stop - rows.start].to(score_dtype(weight.dtype))
+        selected = [_rows(pruner, block, width) for pruner in pruners]
+        _add_block(part, weight[block], selected, block, None if total_weight is None else total_weight[block], totals)
 
 
 _PRODUCT_NUMEL = 1 << 24  # bounds a block of G at 64 MiB in float32

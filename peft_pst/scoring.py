@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .kernels import available
+
 
 class Factors(NamedTuple):
     """The trainable tensors of one adapter on one layer, with their scales.
@@ -146,3 +148,26 @@ def importance_scores(weight: Tensor, factors: Factors) -> Tensor:
         R, C = factors.R.to(weight.dtype), factors.C.to(weight.dtype)
         scores = scores.add_(R[:, None], alpha=factors.alpha2).add_(C, alpha=factors.alpha2)
     return scores
+
+
+def base_scores(weight: Tensor, factors: Factors) -> Tensor:
+    """Importance of each entry of a base weight: `importance_scores` of its `updated_weight`.
+
+    In one pass over the weight on a GPU with Triton, unless there is a sparse residual.
+
+    Args:
+        weight: base weight W0, (out, in), any floating dtype.
+        factors: the adapter.
+
+    Returns:
+        S, (out, in), in `score_dtype(weight.dtype)`, any real scale; higher means kept.
+
+    Example:
+        >>> base_scores(torch.tensor([[-1.0, 2.0]]), Factors(R=torch.tensor([0.5]), C=torch.tensor([0.0, -1.0])))
+        tensor([[1.5000, 1.5000]])
+    """
+    if factors.S is None and available(weight):
+        from .kernels import weights  # imports Triton
+
+        return weights.importance_scores(weight, factors)
+    return importance_scores(updated_weight(weight, factors), factors)
