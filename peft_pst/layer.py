@@ -20,9 +20,10 @@ from .config import PSTConfig
 from .fingerprint import fingerprint, identity
 from .graph import register_layer, traced_packed_mask
 from .masked_linear import Pruner, effective_weight, masked_linear
-from .masking import num_pruned, pack_mask, select_packed_mask, unpack_mask
+from .masking import num_pruned, pack_mask, unpack_mask
 from .residual import check_positions, residual_positions
 from .scoring import Factors, add_update, base_scores, score_dtype
+from .selection import select_adapter_mask
 
 
 @dataclass
@@ -396,7 +397,7 @@ class PSTLayer(BaseTunerLayer):
         count = self.get_num_pruned(adapter_name)
         try:
             with _outside_any_graph(self._base.weight.device):
-                return select_packed_mask(self.get_scores(adapter_name), count)
+                return select_adapter_mask(self._dense(), self.get_factors(adapter_name), count)
         except ValueError as error:
             raise ValueError(f"Layer {self.module_name}, adapter {adapter_name!r}: {error}") from error
 
