@@ -232,10 +232,7 @@ class PSTLayer(BaseTunerLayer):
             RuntimeError: while the adapter is merged.
         """
         self.check_unmerged(adapter_name)
-        buffer, count = self.pst_num_pruned[adapter_name], num_pruned(self.num_weights, sparsity)
-        buffer.fill_(count)
-        self._counts[adapter_name] = (identity(buffer), count)
-        self._forget(adapter_name)
+        self._set_num_pruned(adapter_name, num_pruned(self.num_weights, sparsity))
         if adapter_name in self.pst_mask:
             self._hold_selection(adapter_name)
 
@@ -263,11 +260,14 @@ class PSTLayer(BaseTunerLayer):
         count = self.num_weights - int(keep.sum())
         if count == self.num_weights:
             raise ValueError(f"Layer {self.module_name}: the mask keeps none of {count} weights; keep at least one.")
+        self._set_num_pruned(adapter_name, count)
+        self._hold(adapter_name, pack_mask(keep))
+
+    def _set_num_pruned(self, adapter_name: str, count: int) -> None:
         buffer = self.pst_num_pruned[adapter_name]
         buffer.fill_(count)
         self._counts[adapter_name] = (identity(buffer), count)
         self._forget(adapter_name)
-        self._hold(adapter_name, pack_mask(keep))
 
     def check_holds_mask(self, adapter_name: str) -> None:
         """Refuse to go on where a mask made elsewhere would not stay in force.
