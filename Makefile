@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-slow test-gpu test-kernels benchmark check clean
+.PHONY: demo test test-slow test-gpu test-kernels benchmark results check clean
 
 demo: $(VENV)/demo.stamp  ## fine-tune, prune, merge and reload a real model on real data (about four minutes)
 	$(BIN)/peft-pst demo
@@ -28,6 +28,14 @@ benchmark: $(VENV)/test.stamp  ## what a training step costs, on an otherwise id
 	$(COST)
 	$(COST) --precision bf16
 	$(COST) --precision bf16 --scaling --repeats 3
+
+SETTINGS ?= benchmarks/results/settings/minilm-sst2.yaml
+RESULTS := $(BIN)/python -m benchmarks.results
+
+results: $(VENV)/benchmarks.stamp $(VENV)/demo.stamp  ## the table of SETTINGS (many hours on a CPU; goes on where it was stopped)
+	$(RESULTS) search $(SETTINGS)
+	$(RESULTS) run $(SETTINGS)
+	$(RESULTS) table $(SETTINGS)
 
 check: $(VENV)/test.stamp  ## style and types
 	$(BIN)/ruff check .

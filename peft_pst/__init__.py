@@ -4,9 +4,11 @@ from ._registration import register as _register
 from ._version import __version__
 from .callback import PSTCallback
 from .config import PSTConfig
+from .heads import prune_heads
 from .layer import PSTLayer
 from .masking import num_pruned, topk_mask
 from .model import PSTModel, get_sparsity, update_sparsity
+from .one_shot import prune_once
 from .optimizer import create_pst_optimizer, parameter_groups
 from .report import SparsityReport, report_checkpoint, report_model
 from .schedule import cubic_sparsity
@@ -26,6 +28,8 @@ __all__ = [
     "get_sparsity",
     "num_pruned",
     "parameter_groups",
+    "prune_heads",
+    "prune_once",
     "report_checkpoint",
     "report_model",
     "topk_mask",

@@ -52,6 +52,18 @@ class Factors(NamedTuple):
         """What trains: U, V, A, B, R, C, S in this order, None where a part is switched off."""
         return self.U, self.V, self.A, self.B, self.R, self.C, self.S
 
+    def rows(self, block: slice, width: int) -> Factors:
+        """The part that concerns some rows of a matrix of that width; V, B, C and S concern them all."""
+        U, A, R = (None if tensor is None else tensor[block] for tensor in (self.U, self.A, self.R))
+        positions = None if self.positions is None else self.positions - block.start * width
+        return self._replace(U=U, A=A, R=R, positions=positions)
+
+    def at(self, rows: Tensor, columns: Tensor) -> Factors:
+        """The part that concerns where some rows and columns, given by index, meet; without the residual."""
+        U, A, R = (None if tensor is None else tensor[rows] for tensor in (self.U, self.A, self.R))
+        V, B, C = (None if tensor is None else tensor[..., columns] for tensor in (self.V, self.B, self.C))
+        return self._replace(U=U, V=V, A=A, B=B, R=R, C=C, S=None, positions=None)
+
     @property
     def scales(self) -> tuple[float, float, float]:
         """beta, alpha1, alpha2."""

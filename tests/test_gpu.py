@@ -51,10 +51,11 @@ def test_the_gpu_selects_the_same_entries(sparsity):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_training_step_on_the_gpu_equals_one_on_the_cpu(dtype):
+@pytest.mark.parametrize("residual", [0, 7])  # the kernels leave the second to the formulas
+def test_a_training_step_on_the_gpu_equals_one_on_the_cpu(dtype, residual):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 8)).to(dtype)
-    on_cpu = get_peft_model(base, PSTConfig(target_modules=["0", "2"], target_sparsity=0.9))
+    on_cpu = get_peft_model(base, PSTConfig(target_modules=["0", "2"], target_sparsity=0.9, residual=residual))
     update_sparsity(on_cpu, 1, 1)
     on_gpu = copy.deepcopy(on_cpu).cuda()
     x = torch.randn(32, 96, dtype=dtype)
@@ -68,10 +69,12 @@ def test_a_training_step_on_the_gpu_equals_one_on_the_cpu(dtype):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_step_does_not_wait_for_the_host():
-    model = get_peft_model(nn.Sequential(nn.Linear(96, 64)), PSTConfig(target_modules=["0"])).cuda()
-    update_sparsity(model, 1, 1)
+@pytest.mark.parametrize("residual", [0, 7])
+def test_a_step_does_not_wait_for_the_host(residual):
+    model = get_peft_model(nn.Sequential(nn.Linear(96, 64)), PSTConfig(target_modules=["0"], residual=residual)).cuda()
     x = torch.randn(32, 96, device="cuda")
+    model(x)  # looks at what has come from elsewhere, once
+    update_sparsity(model, 1, 1)
     torch.cuda.set_sync_debug_mode("error")
     try:
         model(x).square().mean().backward()

@@ -311,7 +311,7 @@ def test_non_contiguous_output_gradient(small: PSTLinear) -> None:
 def test_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, kind: str, product: int, reduction: int) -> None:
     """The dense gradient is made and reduced a few rows at a time, also where the last block is a short one."""
     monkeypatch.setattr(peft_pst.masked_linear, "_PRODUCT_NUMEL", product)
-    monkeypatch.setattr(peft_pst.masked_linear, "_reduction_numel", lambda weight: reduction)
+    monkeypatch.setattr(peft_pst.masked_linear, "CACHE_NUMEL", reduction)
     layer = adapt(make_base(kind, 45, 21, torch.float64), initial_sparsity=0.6, r=3, score_rank=2)
     perturb(layer, std=0.3)
     assert_agrees(layer, torch.randn(7, 21).double(), torch.randn(7, 45).double(), 1e-12)
