@@ -267,8 +267,8 @@ def kernel_cases() -> list[tuple[str, str, dict[str, Any], int, int]]:
     strip |= {"ROWS": 64, "STRIP": 512, "RANK": 16, "SCORE_RANK": 16}
     return [
         ("selection", "_bracket", {"SAMPLE": 16384}, 16, 0),
-        ("selection", "_count", {"ROUND": 0, "CHUNK": 1024}, 4, 0),
-        ("selection", "_find", {"ROUND": 2}, 4, 0),
+        ("selection", "_count", {"CHUNK": 1024}, 4, 0),
+        ("selection", "_find", {}, 4, 0),
         ("selection", "_count_ties", {"CHUNK": 1024}, 4, 0),
         ("selection", "_settle", {"PROGRAMS": 1024, "CHUNK": 1024}, 4, 0),
         ("weights", "_effective_weight", {**tile, "WHOLE_BYTES": True}, 4, 0),

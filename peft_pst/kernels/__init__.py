@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST = 2**31 - 2**16  # positions are 32-bit integers, rounded up to whole tiles
+_LARGEST = 2**31 - 2**24  # positions are 32-bit integers, rounded up to whole tiles of every program
 
 
 def available(tensor: Tensor) -> bool:

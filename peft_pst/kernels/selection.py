@@ -51,7 +51,7 @@ def select_packed_mask(scores: Tensor, count: int) -> Tensor:
     """`pack_mask(select_mask(scores, count))`, with NaN kept as the highest score.
 
     Args:
-        scores: any shape, on a CUDA device, float32, bfloat16 or float16, fewer than 2^31 - 2^16 entries.
+        scores: any shape, on a CUDA device, float32, bfloat16 or float16, fewer than 2^31 - 2^24 entries.
         count: number of entries to prune, in [1, scores.numel()].
 
     Returns:
@@ -71,10 +71,10 @@ def select_packed_mask(scores: Tensor, count: int) -> Tensor:
         _bracket[(1,)](scores, numel, *_sample_ranks(numel, count), state, bins, SAMPLE=SAMPLE, num_warps=16)
         start = _BINS.value
         for turn in range(_ROUNDS):
-            _count[(programs,)](scores, numel, each, state, start, ROUND=turn, CHUNK=CHUNK, num_warps=4)
+            _count[(programs,)](scores, numel, each, state, start, turn, CHUNK=CHUNK, num_warps=4)
             stop = start + (1 << (bins if turn == 0 else _LATER_BINS))
             groups = state[start:stop].view(-1, _GROUP.value).sum(1, dtype=torch.int32)
-            _find[(1,)](state, groups, count, start, groups.numel(), ROUND=turn, num_warps=4)
+            _find[(1,)](state, groups, count, start, groups.numel(), turn, num_warps=4)
             start = stop
         _count_ties[(programs,)](scores, numel, each, state, ties, CHUNK=CHUNK, num_warps=4)
         power = triton.next_power_of_2(programs)
@@ -150,8 +150,8 @@ def _bracket(scores, numel, low_rank, high_rank, state, bins, SAMPLE: tl.constex
 
 # One score a thread at a time, as the scattered additions have it anyway, spares an exchange between threads; so the
 # compiler must not know that four could be loaded at once.
-@triton.jit(do_not_specialize_on_alignment=["scores"])
-def _count(scores, numel, each, state, start, ROUND: tl.constexpr, CHUNK: tl.constexpr):
+@triton.jit(do_not_specialize=["start", "turn"], do_not_specialize_on_alignment=["scores"])
+def _count(scores, numel, each, state, start, turn, CHUNK: tl.constexpr):
     """Count the keys below `low`, up to it, up to `high`, and in each bin between, where both ends are left out.
 
     The ends are left out of the bins because a key that very many scores share tends to be one, and many additions to
@@ -172,7 +172,7 @@ def _count(scores, numel, each, state, start, ROUND: tl.constexpr, CHUNK: tl.con
             up_to_high += (key <= high).to(tl.int32)
             bin = ((key - low).to(tl.uint32, bitcast=True) >> shift).to(tl.int32)
             tl.atomic_add(state + start + bin, 1, mask=(key > low) & (key < high), sem="relaxed")
-        counts = state + _COUNTS + 4 * ROUND
+        counts = state + _COUNTS + 4 * turn
         tl.atomic_add(counts, tl.sum(below, 0), sem="relaxed")
         tl.atomic_add(counts + 1, tl.sum(up_to_low, 0), sem="relaxed")
         tl.atomic_add(counts + 2, tl.sum(up_to_high, 0), sem="relaxed")
@@ -188,16 +188,16 @@ def _reach(counts, wanted):
     return index, left, here
 
 
-@triton.jit(do_not_specialize=["count"])
-def _find(state, group_counts, count, start, num_groups, ROUND: tl.constexpr):
+@triton.jit(do_not_specialize=["count", "start", "num_groups", "turn"])
+def _find(state, group_counts, count, start, num_groups, turn):
     """Read the cut off the counts, the `count`-th lowest key; or set the keys and the bins of the next round."""
     if tl.load(state + _FOUND) == 0:
         low = tl.load(state + _LOW)
         high = tl.load(state + _HIGH)
         shift = tl.load(state + _SHIFT)
-        below = tl.load(state + _COUNTS + 4 * ROUND)
-        up_to_low = tl.load(state + _COUNTS + 4 * ROUND + 1)
-        up_to_high = tl.load(state + _COUNTS + 4 * ROUND + 2)
+        below = tl.load(state + _COUNTS + 4 * turn)
+        up_to_low = tl.load(state + _COUNTS + 4 * turn + 1)
+        up_to_high = tl.load(state + _COUNTS + 4 * turn + 2)
         groups = tl.load(group_counts + tl.arange(0, _GROUP), mask=tl.arange(0, _GROUP) < num_groups, other=0)
         below_high = up_to_low + tl.sum(groups, 0)
         at_low = (below < count) & (count <= up_to_low)
