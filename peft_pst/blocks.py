@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Above 16 MiB in float32, a temporary of the matrix's size comes from the system anew each time, page by page, which
+# Above 8 MiB in float32, a temporary of the matrix's size comes from the system anew each time, page by page, which
 # takes longer than what is computed in it.
-LARGE_NUMEL = 1 << 22
+LARGE_NUMEL = 1 << 21
 CACHE_NUMEL = 1 << 18  # a megabyte in float32, a few of which fit the caches
 
 
