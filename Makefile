@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-slow test-gpu benchmark check clean
+.PHONY: demo test test-slow test-gpu test-kernels benchmark results check clean
 
 demo: $(VENV)/demo.stamp  ## fine-tune, prune, merge and reload a real model on real data (about four minutes)
 	$(BIN)/peft-pst demo
@@ -18,12 +18,24 @@ test-slow: $(VENV)/test.stamp $(VENV)/demo.stamp  ## what takes minutes or the d
 test-gpu: $(VENV)/test.stamp  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
+test-kernels: $(VENV)/test.stamp  ## the GPU kernels without a GPU: interpreted, and compiled for two kinds (four minutes)
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet triton==3.9.0
+	$(BIN)/python -m pytest -m slow tests/test_kernels.py
+
 COST := $(BIN)/python benchmarks/training_cost.py --output benchmarks/results/training_cost
 
 benchmark: $(VENV)/test.stamp  ## what a training step costs, on an otherwise idle machine (about twenty minutes)
 	$(COST)
 	$(COST) --precision bf16
 	$(COST) --precision bf16 --scaling --repeats 3
+
+SETTINGS ?= benchmarks/results/settings/minilm-sst2.yaml
+RESULTS := $(BIN)/python -m benchmarks.results
+
+results: $(VENV)/benchmarks.stamp $(VENV)/demo.stamp  ## the table of SETTINGS (many hours on a CPU; goes on where it was stopped)
+	$(RESULTS) search $(SETTINGS)
+	$(RESULTS) run $(SETTINGS)
+	$(RESULTS) table $(SETTINGS)
 
 check: $(VENV)/test.stamp  ## style and types
 	$(BIN)/ruff check .

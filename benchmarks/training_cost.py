@@ -138,6 +138,8 @@ def scale(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         changed: dict[str, Any] = {**vars(options), **rest, axis: value}
         if axis == "width":
             changed["intermediate"] = value * options.intermediate // options.width
+            if value > 2048:  # a sort of so many scores takes the better part of a minute
+                changed["methods"] = [method for method in options.methods if method != "autograd"]
         result = measure(argparse.Namespace(**changed))
         axes[axis].append(result)
         tqdm.write(f"\n{axis} = {value}\n\n{table(result)}")

@@ -4,9 +4,11 @@ from ._registration import register as _register
 from ._version import __version__
 from .callback import PSTCallback
 from .config import PSTConfig
+from .heads import prune_heads
 from .layer import PSTLayer
 from .masking import num_pruned, topk_mask
 from .model import PSTModel, get_sparsity, update_sparsity
+from .one_shot import prune_once
 from .optimizer import create_pst_optimizer, parameter_groups
 from .report import SparsityReport, report_checkpoint, report_model
 from .resuming import last_whole_checkpoint
@@ -28,6 +30,8 @@ __all__ = [
     "last_whole_checkpoint",
     "num_pruned",
     "parameter_groups",
+    "prune_heads",
+    "prune_once",
     "report_checkpoint",
     "report_model",
     "topk_mask",

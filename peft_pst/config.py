@@ -55,8 +55,9 @@ class PSTConfig(PeftConfig):
         total_steps: optimizer steps of the whole run; `PSTCallback` fills it in when it is None.
         mask_interval: optimizer steps from one selection of the mask to the next, at least 1. At 1 the mask follows
             the scores at every step. Above, the sparsity moves and the mask is selected at multiples of the interval
-            only (and when the target is reached); None selects only when the sparsity moves, so that a mask pruned
-            once is held while retraining. A mask that is held is part of the adapter's state, at one bit per weight.
+            only (and when the target is reached); None selects only when the schedule asks for more zeros than are in
+            force, so that what was pruned once is held while retraining. A mask that is held is part of the adapter's
+            state, at one bit per weight.
         init_weights: how U and A start. True or "fan_in": N(0, 1 / in_features); "paper": N(0, 1), as published; the
             rest starts at zero, so the model starts unchanged. False: everything random, for tests; with r = 0 such
             an adapter also starts at its target sparsity, or it would change nothing.
@@ -126,7 +127,7 @@ class PSTConfig(PeftConfig):
     )
     mask_interval: int | None = field(
         default=1,
-        metadata={"help": "Steps from one selection of the mask to the next; None: only when the sparsity moves."},
+        metadata={"help": "Steps from one selection of the mask to the next; None: only to prune further."},
     )
     init_weights: bool | InitWeights = field(
         default=True,
@@ -203,6 +204,39 @@ class PSTConfig(PeftConfig):
             "cooldown_ratio": 0.3,
             "mask_interval": 1,
             "init_weights": "paper",
+        }
+        return cls(**{**setting, **overrides})
+
+    @classmethod
+    def dsee(cls, **overrides: Any) -> PSTConfig:
+        """DSEE: a low-rank and a sparse update, no learned scores, and a mask that is made once and held.
+
+        By default dense, for a first stage; `prune_once` or `prune_heads` then prunes, and training goes on with the
+        masks held. With a `target_sparsity`, both stages are one run: the weights are pruned at once after half of the
+        steps.
+
+        What differs from DSEE: the mask covers the updated weight and not the base alone, so that merging keeps its
+        zeros; the update is scaled by `beta` and the residual not at all; and the gradient runs through the magnitude
+        too, as everywhere in this package, which makes it larger by a factor of 1 + |W|.
+
+        Source: Chen et al., ACL 2023 (arXiv 2111.00160): r = 16, 16 to 128 entries a matrix, placed by GreBsmo.
+
+        Example:
+            >>> config = PSTConfig.dsee()
+            >>> config.target_sparsity, config.r, config.residual, config.score_rank, config.mask_interval
+            (0.0, 16, 64, 0, None)
+            >>> PSTConfig.dsee(target_sparsity=0.5, residual_positions="random").warmup_ratio
+            0.5
+        """
+        setting: dict[str, Any] = {
+            "target_sparsity": 0.0,
+            "r": 16,
+            "residual": 64,
+            "score_rank": 0,
+            "structured": False,
+            "warmup_ratio": 0.5,
+            "cooldown_ratio": 0.5,
+            "mask_interval": None,
         }
         return cls(**{**setting, **overrides})
 

@@ -20,9 +20,10 @@ from .config import PSTConfig
 from .fingerprint import fingerprint, identity, optimizer_steps
 from .graph import register_layer, traced_packed_mask
 from .masked_linear import Pruner, effective_weight, masked_linear
-from .masking import check_num_pruned, check_zeros, num_pruned, pack_mask, select_mask, unpack_mask
+from .masking import check_num_pruned, check_zeros, num_pruned, pack_mask, unpack_mask
 from .residual import check_positions, residual_positions
-from .scoring import Factors, importance_scores, updated_weight
+from .scoring import Factors, add_update, base_scores, score_dtype
+from .selection import select_adapter_mask
 from .sharding import copy_of, is_gathered_for_forward, is_sharded, replace_values, whole
 
 
@@ -245,12 +246,57 @@ class PSTLayer(BaseTunerLayer):
             RuntimeError: while the adapter is merged.
         """
         self.check_unmerged(adapter_name)
-        buffer, count = self.pst_num_pruned[adapter_name], num_pruned(self.num_weights, sparsity)
+        self._set_num_pruned(adapter_name, num_pruned(self.num_weights, sparsity))
+        if adapter_name in self.pst_mask:
+            self._hold_selection(adapter_name)
+
+    def set_mask(self, adapter_name: str, keep: Tensor) -> None:
+        """Put a mask made elsewhere in force for one adapter, and its number of zeros.
+
+        It stays until the schedule asks for more zeros than it has, or `set_sparsity` is called.
+
+        Args:
+            adapter_name: an adapter whose configuration has `mask_interval=None`.
+            keep: boolean (out, in), True = keep; at least one entry is kept.
+
+        Raises:
+            ValueError: if the mask is of another kind or shape or keeps nothing, or if the adapter's configuration
+                would have it selected anew.
+            RuntimeError: while the adapter is merged.
+        """
+        self.check_holds_mask(adapter_name)
+        shape = (self.out_features, self.in_features)
+        if keep.dtype != torch.bool or keep.shape != shape:
+            raise ValueError(
+                f"Layer {self.module_name}: the mask is {keep.dtype} of shape {tuple(keep.shape)}; pass a boolean one "
+                f"of shape {shape}, (out, in), True = keep."
+            )
+        count = self.num_weights - int(keep.sum())
+        if count == self.num_weights:
+            raise ValueError(f"Layer {self.module_name}: the mask keeps none of {count} weights; keep at least one.")
+        self._set_num_pruned(adapter_name, count)
+        self._hold(adapter_name, pack_mask(keep))
+
+    def _set_num_pruned(self, adapter_name: str, count: int) -> None:
+        buffer = self.pst_num_pruned[adapter_name]
         buffer.fill_(count)
         self._counts[adapter_name] = (identity(buffer), count)
         self._forget(adapter_name)
-        if adapter_name in self.pst_mask:
-            self._hold_selection(adapter_name)
+
+    def check_holds_mask(self, adapter_name: str) -> None:
+        """Refuse to go on where a mask made elsewhere would not stay in force.
+
+        Raises:
+            ValueError: if the adapter's `mask_interval` is not None.
+            RuntimeError: while the adapter is merged.
+        """
+        self.check_unmerged(adapter_name)
+        interval = self.pst_plans[adapter_name].config.mask_interval
+        if interval is not None:
+            raise ValueError(
+                f"Layer {self.module_name}: with mask_interval={interval}, adapter {adapter_name!r} selects its mask "
+                "anew while training, so one made elsewhere would be lost; make the adapter with mask_interval=None."
+            )
 
     def check_unmerged(self, adapter_name: str) -> None:
         """Refuse to go on while an adapter is merged, since what is in the base weight would not follow."""
@@ -301,7 +347,14 @@ class PSTLayer(BaseTunerLayer):
         """Importance of each weight, (out, in), from the dense base weight, also while merged."""
         factors = self.get_factors(adapter_name)
         with _outside_any_graph(self._base.weight.device):
-            return importance_scores(updated_weight(self._dense(), factors), factors)
+            return base_scores(self._dense(), factors)
+
+    def get_update(self, adapter_name: str) -> Tensor:
+        """What one adapter adds to the base weight before masking, beta U V + S, (out, in), in score precision."""
+        weight = self._dense()
+        with _outside_any_graph(weight.device):
+            zeros = torch.zeros(weight.shape, dtype=score_dtype(weight.dtype), device=weight.device)
+            return add_update(zeros, self.get_factors(adapter_name))
 
     def get_mask(self, adapter_name: str) -> Tensor:
         """The mask now in force for one adapter, boolean (out, in), True = keep."""
@@ -315,8 +368,11 @@ class PSTLayer(BaseTunerLayer):
             # Laid out as the base layer stores it, so that this weight, once merged, gives the same sums bit for bit.
             return weight.T.contiguous().T if self._stores_transposed else weight
 
+    def get_dense_weight(self) -> Tensor:
+        """The base weight without any adapter, (out, in), also while merged."""
+        return self._dense().detach()
+
     def _dense(self) -> Tensor:
-        """The base weight without any adapter, (out, in)."""
         base = self._base.weight
         if base.is_meta:
             raise RuntimeError(
@@ -361,13 +417,15 @@ class PSTLayer(BaseTunerLayer):
         count = self.get_num_pruned(adapter_name)
         try:
             with _outside_any_graph(self._base.weight.device):
-                return pack_mask(select_mask(self.get_scores(adapter_name), count))
+                return select_adapter_mask(self._dense(), self.get_factors(adapter_name), count)
         except ValueError as error:
             raise ValueError(f"Layer {self.module_name}, adapter {adapter_name!r}: {error}") from error
 
     def _hold_selection(self, adapter_name: str) -> None:
-        held = self.pst_mask[adapter_name]
-        held.copy_(self._select(adapter_name))
+        self._hold(adapter_name, self._select(adapter_name))
+
+    def _hold(self, adapter_name: str, packed: Tensor) -> None:
+        self.pst_mask[adapter_name].copy_(packed)
         self._checked_masks[adapter_name] = self._held_identity(adapter_name)
 
     def _held_identity(self, adapter_name: str) -> object:

@@ -6,7 +6,7 @@ made again when it is needed, by the same functions that merging and reporting u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import kernels
+from .blocks import CACHE_NUMEL, is_large, on_eager_cpu, row_blocks
 from .masking import masked_weight
 from .scoring import Factors, add_update, locate, score_dtype
 
@@ -26,15 +28,16 @@ class Pruner(NamedTuple):
     mask: Tensor
 
 
-def effective_weight(weight: Tensor, pruners: Sequence[Pruner]) -> Tensor:
+def effective_weight(weight: Tensor, pruners: Sequence[Pruner], dtype: torch.dtype | None = None) -> Tensor:
     """The weight that multiplies the input: (W0 + sum_i (beta_i U_i V_i + S_i)), zero where any adapter prunes.
 
     Args:
         weight: base weight W0, (out, in), any floating dtype.
         pruners: the active adapters, at least one; their order does not matter beyond the rounding of the sum.
+        dtype: what to round the result to once it has been rounded to the dtype of `weight`; by default nothing.
 
     Returns:
-        (out, in), in the dtype of `weight`, with +0.0 at every pruned entry.
+        (out, in), in the dtype of `weight` or in `dtype`, with +0.0 at every pruned entry.
 
     Source: Li et al. 2022 (arXiv 2205.11005), y = x (M * W)' + b, for one adapter; the product of masks for several.
 
@@ -46,8 +49,26 @@ def effective_weight(weight: Tensor, pruners: Sequence[Pruner]) -> Tensor:
         tensor([[1.5000, 0.0000],
                 [1.5000, 1.0000]])
     """
+    dtype = dtype or weight.dtype
+    if _has_kernels(weight, pruners) and dtype in kernels.SUPPORTED:
+        from .kernels import weights  # imports Triton
+
+        return weights.effective_weight(weight, *pruners[0], dtype)
+    if not is_large(weight):
+        return _effective_rows(weight, pruners).to(dtype)
+    effective = torch.empty(weight.shape, dtype=dtype)
+    for block in row_blocks(0, weight.shape[0], weight.shape[1], CACHE_NUMEL):
+        effective[block] = _effective_rows(weight[block], [_rows(pruner, block, weight.shape[1]) for pruner in pruners])
+    return effective
+
+
+def _effective_rows(weight: Tensor, pruners: Sequence[Pruner]) -> Tensor:
     mask = _intersection([pruner.mask for pruner in pruners])
     return masked_weight(_updated(weight, pruners), mask).to(weight.dtype)
+
+
+def _has_kernels(weight: Tensor, pruners: Sequence[Pruner]) -> bool:
+    return len(pruners) == 1 and pruners[0].factors.S is None and kernels.available(weight)
 
 
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pruners: Sequence[Pruner]) -> Tensor:
@@ -135,11 +156,12 @@ class _MaskedLinear(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            effective = effective_weight(weight, _pruners(tensors, scales))
             ctx.input_dtype = x.dtype
-            if autocast_dtype is not None and x.dtype != torch.float64:
-                x, effective = x.to(autocast_dtype), effective.to(autocast_dtype)
-                bias = bias if bias is None else bias.to(autocast_dtype)
+            dtype = None if x.dtype == torch.float64 else autocast_dtype
+            effective = effective_weight(weight, _pruners(tensors, scales), dtype)
+            if dtype is not None:
+                x = x.to(dtype)
+                bias = bias if bias is None else bias.to(dtype)
             output = F.linear(x, effective, bias)
         ctx.scales = scales
         # No layer-sized tensor but the frozen base weight, which lives anyway, and the packed masks.
@@ -158,7 +180,7 @@ class _MaskedLinear(torch.autograd.Function):
         with torch.autocast(grad_output.device.type, enabled=False):
             grad_output = grad_output.to(x.dtype)
             if wants_x:
-                grad_x = (grad_output @ effective_weight(weight, pruners).to(x.dtype)).to(ctx.input_dtype)
+                grad_x = (grad_output @ effective_weight(weight, pruners, x.dtype)).to(ctx.input_dtype)
             rows = grad_output.reshape(-1, weight.shape[0])
             if wants_bias:
                 grad_bias = rows.sum(0)
@@ -189,13 +211,9 @@ def _parameter_gradients(
     ]
     grad_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
     total_factors = [pruner.factors for pruner in _pruners(totals, [pruner.factors.scales for pruner in pruners])]
-    for large in _row_blocks(0, weight.shape[0], weight.shape[1], _PRODUCT_NUMEL):
+    for large in row_blocks(0, weight.shape[0], weight.shape[1], _PRODUCT_NUMEL):
         grad = rows[:, large].T @ x
-        for block in _row_blocks(large.start, large.stop, weight.shape[1], _reduction_numel(weight)):
-            part = grad[block.start - large.start : block.stop - large.start].to(dtype)
-            total_weight = None if grad_weight is None else grad_weight[block]
-            selected = [_rows(pruner, block, weight.shape[1]) for pruner in pruners]
-            _add_block(part, weight[block], selected, block, total_weight, total_factors)
+        _add_rows(grad, weight, pruners, large, grad_weight, total_factors)
     cast_totals = [
         None if total is None else total.to(cast("Tensor", tensor).dtype)
         for total, tensor in zip(totals, tensors, strict=True)
@@ -203,29 +221,36 @@ def _parameter_gradients(
     return None if grad_weight is None else grad_weight.to(weight.dtype), cast_totals
 
 
+def _add_rows(
+    grad: Tensor,
+    weight: Tensor,
+    pruners: Sequence[Pruner],
+    rows: slice,
+    total_weight: Tensor | None,
+    totals: Sequence[Factors],
+) -> None:
+    """Add what G = `grad`, (rows, in), contributes to all gradients; `weight` and `pruners` are of all rows."""
+    width = weight.shape[1]
+    if total_weight is None and _has_kernels(weight, pruners) and grad.dtype in kernels.SUPPORTED:
+        from .kernels import gradients  # imports Triton
+
+        if gradients.supports(pruners[0].factors):
+            own, total = _rows(pruners[0], rows, width), _rows(Pruner(totals[0], pruners[0].mask), rows, width)
+            gradients.add_gradients(grad, weight[rows], *own, total.factors)
+            return
+    for block in row_blocks(rows.start, rows.stop, width, CACHE_NUMEL if on_eager_cpu(weight) else _PRODUCT_NUMEL):
+        part = grad[block.start - rows.start : block.stop - rows.start].to(score_dtype(weight.dtype))
+        selected = [_rows(pruner, block, width) for pruner in pruners]
+        _add_block(part, weight[block], selected, block, None if total_weight is None else total_weight[block], totals)
+
+
 _PRODUCT_NUMEL = 1 << 24  # bounds a block of G at 64 MiB in float32
 
 
-def _reduction_numel(weight: Tensor) -> int:
-    # Half a megabyte in float32, a few of which fit a core's cache. Elsewhere launches cost more than passes, and a
-    # compiler fuses the passes itself.
-    eager_cpu = weight.device.type == "cpu" and not torch.compiler.is_compiling()
-    return 1 << 17 if eager_cpu else _PRODUCT_NUMEL
-
-
-def _row_blocks(start: int, stop: int, width: int, numel: int) -> Iterator[slice]:
-    """Blocks of about `numel` entries, each starting at a multiple of 8 rows, hence at a whole byte of the mask."""
-    height = max(8, numel // width // 8 * 8)
-    return (slice(row, min(row + height, stop)) for row in range(start, stop, height))
-
-
 def _rows(pruner: Pruner, block: slice, width: int) -> Pruner:
-    """The part of an adapter that concerns some rows of the matrix; V, B, C and S concern them all."""
-    factors = pruner.factors
-    U, A, R = (None if tensor is None else tensor[block] for tensor in (factors.U, factors.A, factors.R))
-    positions = None if factors.positions is None else factors.positions - block.start * width
+    """The part of an adapter that concerns some rows of the matrix."""
     mask = pruner.mask[block.start * width // 8 : (block.stop * width + 7) // 8]
-    return Pruner(factors._replace(U=U, A=A, R=R, positions=positions), mask)
+    return Pruner(pruner.factors.rows(block, width), mask)
 
 
 def _add_block(
@@ -247,10 +272,11 @@ def _add_block(
         others = masks[:i] + masks[i + 1 :]
         grad_scores = masked_weight(grad_mask, _intersection(others)) if others else grad_mask
         own = add_update(weight.to(updated.dtype), pruner.factors) if others else updated
-        through_magnitude = grad_scores * own.sign()
+        sign = own.sign()
         if total_weight is not None:
-            total_weight += through_magnitude
-        _add_factor_gradients(grad_updated + through_magnitude, grad_scores, pruner.factors, block, total)
+            total_weight.addcmul_(grad_scores, sign)
+        grad_weight = torch.addcmul(grad_updated, grad_scores, sign)
+        _add_factor_gradients(grad_weight, grad_scores, pruner.factors, block, total)
 
 
 def _add_factor_gradients(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels import available
 from .schedule import check_sparsity
 
 NAN_MESSAGE = "The scores hold a NaN, which has no rank; look for a NaN in the weights, the adapter or the loss."
@@ -82,8 +83,8 @@ def check_zeros(packed: Tensor, count: int, numel: int) -> None:
 def select_mask(scores: Tensor, count: int) -> Tensor:
     """Mask out exactly the `count` lowest scores.
 
-    Linear time: one introselect on the CPU (NumPy's, through a zero-copy view), one radix selection on other devices,
-    where nothing is read back to the host.
+    Linear time: one introselect on the CPU (NumPy's, through a zero-copy view), counts of keys on a GPU with Triton, a
+    radix selection elsewhere. Nothing is read back from a device to the host.
 
     Args:
         scores: importance of each weight, any shape, any real scale; higher is kept.
@@ -106,9 +107,35 @@ def select_mask(scores: Tensor, count: int) -> Tensor:
         raise ValueError(f"count={count} is outside [0, {scores.numel()}], the number of scores.")
     if count == 0:
         return torch.ones_like(scores, dtype=torch.bool)
+    if available(scores):
+        return unpack_mask(select_packed_mask(scores, count), scores.shape)
     flat = scores.detach().reshape(-1)
     select = _select_on_cpu if flat.device.type == "cpu" else _select_on_device
     return select(flat, count).reshape(scores.shape)
+
+
+def select_packed_mask(scores: Tensor, count: int) -> Tensor:
+    """`pack_mask(select_mask(scores, count))`, which a GPU with Triton writes without the boolean mask between.
+
+    Args:
+        scores: as for `select_mask`.
+        count: as for `select_mask`.
+
+    Returns:
+        uint8, (ceil(scores.numel() / 8),), to be read by `unpack_mask`.
+
+    Raises:
+        ValueError: as `select_mask` does.
+
+    Example:
+        >>> unpack_mask(select_packed_mask(torch.tensor([0.1, 3.0, 0.1]), 1), (3,))
+        tensor([False,  True,  True])
+    """
+    if not 0 < count <= scores.numel() or not available(scores):
+        return pack_mask(select_mask(scores, count))
+    from .kernels import selection  # imports Triton
+
+    return selection.select_packed_mask(scores, count)
 
 
 def _select_on_cpu(flat: Tensor, count: int) -> Tensor:
@@ -131,11 +158,20 @@ def _select_on_device(flat: Tensor, count: int) -> Tensor:
     Nor can a NaN be refused without asking; it is kept, as the highest score, so that the count holds.
     """
     flat = flat.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
-    threshold = flat.float().kthvalue(count).values if flat.element_size() < 4 else flat.kthvalue(count).values
+    keys = flat.float() if flat.element_size() < 4 else flat
+    kept = flat.numel() - count
+    if kept == 0:
+        return torch.zeros_like(flat, dtype=torch.bool)
+    # Unlike `kthvalue`, which runs on one multiprocessor, `topk` spreads its radix selection over all; the smaller side
+    # is the cheaper to write. Either way no score above the threshold is pruned, and none below is kept.
+    if kept < count:
+        threshold = keys.topk(kept, sorted=False).values.amin()
+    else:
+        threshold = keys.topk(count, largest=False, sorted=False).values.amax()
     mask = flat > threshold
     ties = flat == threshold
-    position = ties.cumsum(0)
-    return mask | (ties & (position > position[-1] - (flat.numel() - count - mask.sum())))
+    position = ties.cumsum(0, dtype=torch.int32 if flat.numel() < 2**31 else torch.int64)
+    return mask | (ties & (position > position[-1] - (kept - mask.sum())))
 
 
 def topk_mask(scores: Tensor, sparsity: float) -> Tensor:

@@ -218,11 +218,12 @@ def update_sparsity(model: nn.Module, step: int, total_steps: int | None = None)
 def _selection_is_due(layer: PSTLayer, adapter_name: str, step: int, sparsity: float) -> bool:
     plan = layer.pst_plans[adapter_name]
     interval = plan.config.mask_interval
-    if interval is not None and step % interval == 0:
-        return True
-    moves = num_pruned(layer.num_weights, sparsity) != layer.get_num_pruned(adapter_name)
+    count, in_force = num_pruned(layer.num_weights, sparsity), layer.get_num_pruned(adapter_name)
+    if interval is None:
+        # Whatever was pruned before, in an earlier run or at once, is held.
+        return count > in_force
     # The target is reached on time whatever the interval, or a short run would end below it.
-    return moves and (interval is None or sparsity == plan.target_sparsity)
+    return step % interval == 0 or (count != in_force and sparsity == plan.target_sparsity)
 
 
 def _scheduled_sparsity(plan: LayerPlan, step: int, total_steps: int | None) -> float:

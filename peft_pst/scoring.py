@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .kernels import available
+
 
 class Factors(NamedTuple):
     """The trainable tensors of one adapter on one layer, with their scales.
@@ -49,6 +51,18 @@ class Factors(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What trains: U, V, A, B, R, C, S in this order, None where a part is switched off."""
         return self.U, self.V, self.A, self.B, self.R, self.C, self.S
+
+    def rows(self, block: slice, width: int) -> Factors:
+        """The part that concerns some rows of a matrix of that width; V, B, C and S concern them all."""
+        U, A, R = (None if tensor is None else tensor[block] for tensor in (self.U, self.A, self.R))
+        positions = None if self.positions is None else self.positions - block.start * width
+        return self._replace(U=U, A=A, R=R, positions=positions)
+
+    def at(self, rows: Tensor, columns: Tensor) -> Factors:
+        """The part that concerns where some rows and columns, given by index, meet; without the residual."""
+        U, A, R = (None if tensor is None else tensor[rows] for tensor in (self.U, self.A, self.R))
+        V, B, C = (None if tensor is None else tensor[..., columns] for tensor in (self.V, self.B, self.C))
+        return self._replace(U=U, V=V, A=A, B=B, R=R, C=C, S=None, positions=None)
 
     @property
     def scales(self) -> tuple[float, float, float]:
@@ -146,3 +160,26 @@ def importance_scores(weight: Tensor, factors: Factors) -> Tensor:
         R, C = factors.R.to(weight.dtype), factors.C.to(weight.dtype)
         scores = scores.add_(R[:, None], alpha=factors.alpha2).add_(C, alpha=factors.alpha2)
     return scores
+
+
+def base_scores(weight: Tensor, factors: Factors) -> Tensor:
+    """Importance of each entry of a base weight: `importance_scores` of its `updated_weight`.
+
+    In one pass over the weight on a GPU with Triton, unless there is a sparse residual.
+
+    Args:
+        weight: base weight W0, (out, in), any floating dtype.
+        factors: the adapter.
+
+    Returns:
+        S, (out, in), in `score_dtype(weight.dtype)`, any real scale; higher means kept.
+
+    Example:
+        >>> base_scores(torch.tensor([[-1.0, 2.0]]), Factors(R=torch.tensor([0.5]), C=torch.tensor([0.0, -1.0])))
+        tensor([[1.5000, 1.5000]])
+    """
+    if factors.S is None and available(weight):
+        from .kernels import weights  # imports Triton
+
+        return weights.importance_scores(weight, factors)
+    return importance_scores(updated_weight(weight, factors), factors)

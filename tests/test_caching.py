@@ -197,7 +197,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return counting
 
-    for name in ("select_mask", "effective_weight"):
+    for name in ("select_adapter_mask", "effective_weight"):
         monkeypatch.setattr(peft_pst.layer, name, count(name, getattr(peft_pst.layer, name)))
     return counter
 
@@ -206,13 +206,13 @@ def test_evaluation_ranks_once(calls: Counter[str]) -> None:
     model = pruned_net()
     for _ in range(3):
         outputs(model)
-    assert calls == {"select_mask": 4, "effective_weight": 4}  # one for each layer
+    assert calls == {"select_adapter_mask": 4, "effective_weight": 4}  # one for each layer
     model.train()
     model.eval()
     outputs(model)
     model.merge_adapter()
     outputs(model)
-    assert calls["select_mask"] == 4
+    assert calls["select_adapter_mask"] == 4
 
 
 def test_training_ranks_once_a_step(calls: Counter[str]) -> None:
@@ -223,7 +223,7 @@ def test_training_ranks_once_a_step(calls: Counter[str]) -> None:
             model(inputs()).sum().backward()
         optimizer.step()
         model.update_sparsity(step)
-        assert calls["select_mask"] == 4 * step
+        assert calls["select_adapter_mask"] == 4 * step
 
 
 def test_dropped_models_are_freed() -> None:

@@ -362,6 +362,8 @@ def test_pst_options_come_from_the_config() -> None:
         "r": 4,
         "score_rank": 0,
         "structured": True,
+        "residual": 16,
+        "residual_positions": "magnitude",
         "beta": 2.0,
         "alpha2": 0.5,
         "warmup_ratio": 0.2,
@@ -378,6 +380,7 @@ def test_pst_options_come_from_the_config() -> None:
         "fan_in_fan_out": False,
         "sparsity_pattern": {"query": 0.5},
         "rank_pattern": {"query": 2},
+        "residual_pattern": {"value": 0},
         "score_rank_pattern": {},
     }
     arguments = []
@@ -409,6 +412,13 @@ def test_mask_interval_is_a_number_or_none(text: str, expected: int | None) -> N
 def test_single_target_is_a_name_or_a_pattern(values: list[str], expected: set[str] | str) -> None:
     options = parse(["--model_name_or_path", "m", "--output_dir", "o", "--target_modules", *values])
     assert options.pst.target_modules == expected
+
+
+def test_dsee_is_a_preset() -> None:
+    given = ["--model_name_or_path", "m", "--output_dir", "o", "--preset", "dsee", "--target_sparsity", "0.5"]
+    assert parse([*given, "--residual_positions", "random"]).pst == PSTConfig.dsee(
+        target_sparsity=0.5, residual_positions="random"
+    )
 
 
 def test_preset_is_the_papers_and_can_be_changed() -> None:

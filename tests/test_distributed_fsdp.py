@@ -137,7 +137,7 @@ def outside_a_forward(model: PeftModel, counter: Counter[str]) -> dict[str, Any]
 
 def run(case: Case, sharded: bool) -> dict[str, Any]:
     rank = dist.get_rank() if sharded else 0
-    counter = count_calls("select_mask") if sharded else Counter()
+    counter = count_calls("select_adapter_mask") if sharded else Counter()
     model = case.sharded(case.model()) if sharded else case.model()
     results = train(case, model, (lambda batch: batch.chunk(RANKS)[rank]) if sharded else (lambda batch: batch))
     results["adapter"] = whole_tensors(get_peft_model_state_dict(model))
@@ -145,7 +145,7 @@ def run(case: Case, sharded: bool) -> dict[str, Any]:
     model.train()
     for batch in batches(case.dtype)[0]:
         model(batch).sum().backward()
-    results["selections of two micro-batches"] = counter["select_mask"]
+    results["selections of two micro-batches"] = counter["select_adapter_mask"]
     results["config"] = model.peft_config["default"]
     return {**results, **outside_a_forward(model, counter)}
 

@@ -68,6 +68,8 @@ def test_enough_beams_find_the_best_of_all_texts(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, length_penalty: float
 ) -> None:
     end, vocabulary = tokenizer.eos_token_id, range(model.config.vocab_size)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.1)  # so flat that the penalty decides whether the end comes first
 
     def best(prompt: list[int]) -> list[int]:
         first = log_probabilities(model, prompt)
@@ -81,6 +83,7 @@ def test_enough_beams_find_the_best_of_all_texts(
         tokenizer.decode(best(prompt), skip_special_tokens=True).strip()
         for prompt in encode_sources(SOURCES, tokenizer)
     ]
+    assert all(expected) == (length_penalty > 1)
     found = beam_search(
         model,
         tokenizer,

@@ -101,11 +101,17 @@ def test_words_so_long_that_the_figure_overflows_are_infinite(
     assert math.isfinite(found.per_token)
 
 
-def test_dropout_is_off_and_comes_back(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_dropout_and_gradients_are_off_and_come_back(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     expected = perplexity(model, tokenizer, TEXT, context=8, stride=4, progress=False)
     model.train()
+    with_gradients = []
+    model.register_forward_hook(lambda *_: with_gradients.append(torch.is_grad_enabled()))
     assert perplexity(model, tokenizer, TEXT, context=8, stride=4, progress=False) == expected
     assert model.training
+    assert with_gradients
+    assert not any(with_gradients)
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 20), st.booleans())

@@ -311,7 +311,7 @@ def test_non_contiguous_output_gradient(small: PSTLinear) -> None:
 def test_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, kind: str, product: int, reduction: int) -> None:
     """The dense gradient is made and reduced a few rows at a time, also where the last block is a short one."""
     monkeypatch.setattr(peft_pst.masked_linear, "_PRODUCT_NUMEL", product)
-    monkeypatch.setattr(peft_pst.masked_linear, "_reduction_numel", lambda weight: reduction)
+    monkeypatch.setattr(peft_pst.masked_linear, "CACHE_NUMEL", reduction)
     layer = adapt(make_base(kind, 45, 21, torch.float64), initial_sparsity=0.6, r=3, score_rank=2)
     perturb(layer, std=0.3)
     assert_agrees(layer, torch.randn(7, 21).double(), torch.randn(7, 45).double(), 1e-12)
@@ -453,21 +453,22 @@ def test_float32_scores_of_a_half_precision_base() -> None:
     assert layer.get_mask("default").tolist() == [[True, False, True, False]]
 
 
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast(dtype: torch.dtype) -> None:
+def test_autocast(dtype: torch.dtype, autocast: torch.dtype) -> None:
     layer = adapt(make_base("linear", 96, 64, dtype), initial_sparsity=0.9)
     perturb(layer)
     mask = layer.get_mask("default")
     dense = layer.get_masked_weight()
     layer.set_sparsity("default", 0.9)  # so that the mask is selected anew, under autocast
-    x, gy = torch.randn(5, 64), torch.randn(5, 96).to(torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    x, gy = torch.randn(5, 64), torch.randn(5, 96).to(autocast)
+    with torch.autocast("cpu", dtype=autocast):
         y, gradients = run(layer, x, gy)
         assert torch.equal(layer.get_mask("default"), mask)
         with torch.no_grad():
             assert torch.equal(layer.eval()(x), y)
             assert torch.equal(layer.get_masked_weight(), dense)  # what is merged must not be rounded by autocast
-    assert y.dtype == torch.bfloat16
+    assert y.dtype == autocast
     assert gradients["x"].dtype == torch.float32
     expected_y, expected = run_oracle(layer, x, gy, [mask])
     assert relative_error(y, expected_y) <= 2**-7

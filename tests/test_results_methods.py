@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +10,6 @@ import pytest
 import torch
 from tiny_models import tiny_bert, tiny_gpt2
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.results.methods import METHODS
 from benchmarks.results.methods.masked import (

