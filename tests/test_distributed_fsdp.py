@@ -165,12 +165,21 @@ def run_all(names: list[str]) -> dict[str, dict[str, Any]]:
     return {name: run(CASES[name], sharded=True) for name in names}
 
 
+QUICK = ("blocks", "held masks", "bf16 base")
+NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+
+
 @pytest.fixture(scope="module")
-def ran() -> list[dict[str, dict[str, Any]]]:
-    return on_two_ranks(run_all, list(CASES))
+def ran(request: pytest.FixtureRequest) -> list[dict[str, dict[str, Any]]]:
+    chosen = {
+        item.callspec.params["name"]
+        for item in request.session.items
+        if "ran" in getattr(item, "fixturenames", ()) and hasattr(item, "callspec")
+    }
+    return on_two_ranks(run_all, sorted(chosen | {"bf16 base"}))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_sharded_training_is_unsharded_training(ran: list[dict[str, dict[str, Any]]], name: str) -> None:
     alone = run(CASES[name], sharded=False)
     first, second = (results[name] for results in ran)
@@ -194,7 +203,7 @@ def test_sharded_training_is_unsharded_training(ran: list[dict[str, dict[str, An
     assert first["report"] == first["merged report"] == alone["report"] == alone["merged report"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_stale_and_nothing_of_a_matrix_is_kept(ran: list[dict[str, dict[str, Any]]], name: str) -> None:
     for results in (rank[name] for rank in ran):
         assert torch.equal(results["evaluated"], results["unmerged"])
