@@ -12,6 +12,7 @@ from .model import PSTModel, get_sparsity, update_sparsity
 from .one_shot import prune_once
 from .optimizer import create_pst_optimizer, parameter_groups
 from .report import SparsityReport, report_checkpoint, report_model
+from .resuming import last_whole_checkpoint
 from .schedule import cubic_sparsity
 
 _register()
@@ -30,6 +31,7 @@ __all__ = [
     "cubic_sparsity",
     "distillation_loss",
     "get_sparsity",
+    "last_whole_checkpoint",
     "num_pruned",
     "parameter_groups",
     "prune_heads",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .layer import LayerPlan
 from .model import active_adapters, get_sparsity, update_sparsity
+from .sharding import whole
 
 
 class PSTCallback(TrainerCallback):
@@ -24,7 +26,8 @@ class PSTCallback(TrainerCallback):
             checkpoints nearly always score higher, so without it the best model may be one that is hardly pruned.
 
     Raises:
-        ValueError: when training starts and the model has no active PST adapter.
+        ValueError: when training starts and the model has no active PST adapter, and before a checkpoint would be
+            written over with parameters that are NaN or infinite.
 
     Example:
         >>> from transformers import TrainingArguments
@@ -33,6 +36,13 @@ class PSTCallback(TrainerCallback):
 
     def __init__(self, best_at_target: bool = False) -> None:
         self.best_at_target = best_at_target
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.fsdp and (args.fsdp_plugin_args or {}).get("cpu_ram_efficient_loading"):
+            raise ValueError(
+                "fsdp_config['cpu_ram_efficient_loading']=True hands out parameters only, but the number of zeros of a "
+                "PST adapter is a buffer, over which accelerate stumbles; set it to False."
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,6 +64,8 @@ class PSTCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         update_sparsity(kwargs["model"], state.global_step)
         self._forget_best_below_target(state, kwargs["model"])
+        if control.should_save:
+            _check_finite(kwargs["model"], state.global_step)
 
     def on_log(
         self,
@@ -89,6 +101,21 @@ class PSTCallback(TrainerCallback):
 def _plans(model: nn.Module) -> list[LayerPlan]:
     """One plan for each active adapter; what is read from it here is the same for all of its layers."""
     return list({name: layer.pst_plans[name] for layer, name in active_adapters(model)}.values())
+
+
+def _check_finite(model: nn.Module, step: int) -> None:
+    """Keep what diverged out of the checkpoints, of which only the last few may be kept."""
+    trained = {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    are_finite = torch.stack(
+        [torch.isfinite(tensor).all() for tensor in trained.values()]
+    ).tolist()  # one wait, not many
+    broken = [name for name, is_finite in zip(trained, are_finite, strict=True) if not is_finite]
+    if broken:
+        raise ValueError(
+            f"After step {step}, {len(broken)} of {len(trained)} trained tensors hold a NaN or an infinity, the first "
+            f"being {broken[0]}. No checkpoint was written for this step; go on from the one before with a lower "
+            "learning rate, or look for bad examples in the data."
+        )
 
 
 def _first_step_at_target(plan: LayerPlan) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from numbers import Real
@@ -19,6 +20,10 @@ class PSTPeftType(str, enum.Enum):  # noqa: UP042  # of the same make as PEFT's 
 
     PST = "PST"
 
+
+# The layout of a saved adapter: names, shapes and meaning of its tensors. It rises when an older release would misread
+# what a newer one writes; what older releases may ignore needs no rise.
+FORMAT_VERSION = 1
 
 InitWeights = Literal["fan_in", "paper"]
 ResidualPositions = Literal["grebsmo", "magnitude", "random"]
@@ -68,6 +73,8 @@ class PSTConfig(PeftConfig):
         rank_pattern: r by module, in the same manner.
         residual_pattern: residual by module, in the same manner.
         score_rank_pattern: score_rank by module, in the same manner.
+        format_version: layout of the adapter's file, at most `FORMAT_VERSION`. Written by this package, and not an
+            option; PEFT writes a safetensors file's metadata itself, so the configuration is the place that is left.
 
     Raises:
         ValueError: for a value out of its range, and for combinations that mean nothing. The message names the field,
@@ -167,6 +174,9 @@ class PSTConfig(PeftConfig):
     score_rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "score_rank by module name or regular expression."}
     )
+    format_version: int = field(
+        default=FORMAT_VERSION, metadata={"help": "Layout of a saved adapter; written by this package, not an option."}
+    )
 
     @property
     def holds_mask(self) -> bool:
@@ -233,16 +243,30 @@ class PSTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PSTPeftType.PST
+        for name in ("target_modules", "exclude_modules"):
+            _check_selection(name, getattr(self, name))
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as every PEFT tuner does
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        _check_format(self)
         _check_kinds(self)
         _check_choices(self)
         _check_sparsities(self)
         _check_ranks_and_scales(self)
         _check_schedule(self)
         _check_layer_selection(self)
+
+
+def _check_format(config: PSTConfig) -> None:
+    version = config.format_version
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"format_version={version!r} is no version of the adapter's layout; they count from 1.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"format_version={version} is later than {FORMAT_VERSION}, the last one that this release of peft_pst "
+            "reads; upgrade it with `pip install --upgrade peft-pst`."
+        )
 
 
 def _is_number(value: object) -> bool:
@@ -260,11 +284,35 @@ def _check_kinds(config: PSTConfig) -> None:
             setattr(config, name, {})
         if not isinstance(getattr(config, name), dict):
             raise ValueError(f"{name}={getattr(config, name)!r} is not a dict; pass {{module name or pattern: value}}.")
+        for key in getattr(config, name):
+            _check_pattern(f"a key of {name}", key)
     for name in ("structured", "fan_in_fan_out"):
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name}={getattr(config, name)!r} is neither True nor False.")
-    if isinstance(config.modules_to_save, str):
-        raise ValueError(f"modules_to_save={config.modules_to_save!r} is a string; pass a list of module names.")
+    if config.modules_to_save is not None and not _are_names(config.modules_to_save):
+        raise ValueError(
+            f"modules_to_save={config.modules_to_save!r} is no list of names; pass a list of module names."
+        )
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value)
+
+
+def _check_selection(name: str, value: object) -> None:
+    if isinstance(value, str):
+        _check_pattern(name, value)
+    elif value is not None and not _are_names(value):
+        raise ValueError(f"{name}={value!r} is neither a list of module names nor a regular expression.")
+
+
+def _check_pattern(what: str, pattern: object) -> None:
+    if not isinstance(pattern, str):
+        raise ValueError(f"{what}: {pattern!r} is neither a module name nor a regular expression.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what}: {pattern!r} is no regular expression: {error}.") from error
 
 
 def _check_sparsities(config: PSTConfig) -> None:

@@ -28,14 +28,19 @@ def fingerprint(tensors: Iterable[Tensor]) -> tuple[object, ...]:
         >>> fingerprint([weight]) == before
         False
     """
-    _watch_optimizers()
-    return _optimizer_steps, *(identity(tensor) for tensor in tensors)
+    return optimizer_steps(), *(identity(tensor) for tensor in tensors)
 
 
 def identity(tensor: Tensor) -> tuple[int, int, int]:
     """Which tensor, where, and how often written in place as far as PyTorch counts."""
     version = -1 if tensor.is_inference() else tensor._version
     return id(tensor), tensor.data_ptr(), version
+
+
+def optimizer_steps() -> int:
+    """How often any optimizer has stepped since this was first called."""
+    _watch_optimizers()
+    return _optimizer_steps
 
 
 @cache

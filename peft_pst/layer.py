@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import PSTConfig
-from .fingerprint import fingerprint, identity
+from .fingerprint import fingerprint, identity, optimizer_steps
 from .graph import register_layer, traced_packed_mask
 from .masked_linear import Pruner, effective_weight, masked_linear
-from .masking import num_pruned, pack_mask, unpack_mask
+from .masking import check_num_pruned, check_zeros, num_pruned, pack_mask, unpack_mask
 from .residual import check_positions, residual_positions
 from .scoring import Factors, add_update, base_scores, score_dtype
 from .selection import select_adapter_mask
+from .sharding import copy_of, is_gathered_for_forward, is_sharded, replace_values, whole
 
 
 @dataclass
@@ -94,6 +95,7 @@ class PSTLayer(BaseTunerLayer):
     other_param_names = ("pst_num_pruned", "pst_mask", "pst_positions", "pst_plans")
 
     base_layer: nn.Module
+    training: bool
     pst_S: nn.ParameterDict  # noqa: N815  # the formula's letter
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
@@ -202,6 +204,11 @@ class PSTLayer(BaseTunerLayer):
         self._masks.pop(adapter_name, None)
         self._masked_weight = None
 
+    def forget_all(self) -> None:
+        """Drop what was made for every adapter, after tensors were written in a way that nothing counts."""
+        for adapter_name in self.pst_plans:
+            self._forget(adapter_name)
+
     # Sparsity
 
     @property
@@ -216,14 +223,21 @@ class PSTLayer(BaseTunerLayer):
         if known is not None and known[0] == identity(buffer):
             return known[1]
         count = int(buffer)
-        if not 0 <= count < self.num_weights:
-            raise ValueError(
-                f"Layer {self.module_name}, adapter {adapter_name!r}: pst_num_pruned={count} is outside "
-                f"[0, {self.num_weights}), the number of weights. The adapter file is damaged or belongs to another "
-                "model; load the one that was saved for this base."
-            )
+        with self.refusing_damage(adapter_name):
+            check_num_pruned(count, self.num_weights)
         self._counts[adapter_name] = (identity(buffer), count)
         return count
+
+    @contextmanager
+    def refusing_damage(self, adapter_name: str) -> Iterator[None]:
+        """Say in which layer, and what to do, when stored tensors are refused by the block."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(
+                f"Layer {self.module_name}, adapter {adapter_name!r}: {error} The adapter file is damaged or belongs "
+                "to another model; load the one that was saved for this base."
+            ) from error
 
     def set_sparsity(self, adapter_name: str, sparsity: float) -> None:
         """Put a sparsity in force for one adapter, in [0, 1), by the mask that its scores now select.
@@ -308,10 +322,11 @@ class PSTLayer(BaseTunerLayer):
             )
 
     def get_factors(self, adapter_name: str) -> Factors:
-        """The trainable tensors of one adapter with their scales, for the pure functions."""
+        """The trainable tensors of one adapter with their scales, for the pure functions; whole, also where sharded."""
         config = self.pst_plans[adapter_name].config
         scales: list[Any] = [config.beta, config.alpha1, config.alpha2]
-        tensors = [getattr(self, name).get(adapter_name) for name in self.adapter_layer_names]
+        stored = [getattr(self, name).get(adapter_name) for name in self.adapter_layer_names]
+        tensors = [tensor if tensor is None else whole(tensor) for tensor in stored]
         return Factors._make((*tensors, self._positions(adapter_name), *scales))
 
     def _positions(self, adapter_name: str) -> Tensor | None:
@@ -323,13 +338,8 @@ class PSTLayer(BaseTunerLayer):
             return positions
         if self._checked_positions.get(adapter_name) == identity(positions):
             return positions
-        try:
+        with self.refusing_damage(adapter_name):
             check_positions(positions, self.num_weights)
-        except ValueError as error:
-            raise ValueError(
-                f"Layer {self.module_name}, adapter {adapter_name!r}: {error} The adapter file is damaged or belongs "
-                "to another model; load the one that was saved for this base."
-            ) from error
         self._checked_positions[adapter_name] = identity(positions)
         return positions
 
@@ -369,7 +379,7 @@ class PSTLayer(BaseTunerLayer):
                 f"Layer {self.module_name}: the base weight has no data (meta device), so it cannot be pruned. Bases "
                 "that are offloaded by hooks are not supported; load the model into memory first."
             )
-        weight = base if self._dense_weight is None else self._dense_weight.to(base)
+        weight = whole(base if self._dense_weight is None else self._dense_weight.to(base.device, base.dtype))
         return weight.T if self._stores_transposed else weight
 
     def _present(self, adapter_names: Sequence[str]) -> list[str]:
@@ -386,12 +396,22 @@ class PSTLayer(BaseTunerLayer):
         tensors = self._origin(adapter_name, factors)
         if compiling:
             return traced_packed_mask([tensor.detach() for tensor in tensors], self._handle, adapter_name)
-        origin = fingerprint(tensors)
+        if is_sharded(self._base.weight):
+            # Outside a forward: what was gathered for this selection is gone after it, and has no identity to compare.
+            return self._select(adapter_name)
+        origin = self._mask_origin(tensors)
         cached = self._masks.get(adapter_name)
         if cached is None or cached[0] != origin:
             cached = (origin, self._select(adapter_name))
             self._masks[adapter_name] = cached
         return cached[1]
+
+    def _mask_origin(self, tensors: Sequence[Tensor]) -> object:
+        if not is_gathered_for_forward(self._base):
+            return fingerprint(tensors)
+        # What was gathered moves about in memory, and does not count the writes to the shards it came from. While
+        # training, an optimizer is taken to be the only writer; elsewhere, nothing is taken for granted.
+        return optimizer_steps() if self.training else object()
 
     def _select(self, adapter_name: str) -> Tensor:
         count = self.get_num_pruned(adapter_name)
@@ -415,13 +435,8 @@ class PSTLayer(BaseTunerLayer):
         """The mask in force where it is state, after a look at whether it agrees with the number of zeros."""
         held = self.pst_mask[adapter_name]
         if self._checked_masks.get(adapter_name) != self._held_identity(adapter_name):
-            zeros = self.num_weights - int(unpack_mask(held, (self.num_weights,)).sum())
-            if zeros != self.get_num_pruned(adapter_name):
-                raise ValueError(
-                    f"Layer {self.module_name}, adapter {adapter_name!r}: pst_mask prunes {zeros} weights, but "
-                    f"pst_num_pruned={self.get_num_pruned(adapter_name)}. The adapter file is damaged or lacks its "
-                    "masks; load the one that was saved, or call update_sparsity() to select anew."
-                )
+            with self.refusing_damage(adapter_name):
+                check_zeros(held, self.get_num_pruned(adapter_name), self.num_weights)
             self._checked_masks[adapter_name] = self._held_identity(adapter_name)
         return held
 
@@ -443,11 +458,13 @@ class PSTLayer(BaseTunerLayer):
 
         Raises:
             ValueError: with `safe_merge`, when the scores or the merged weight are not finite.
-            RuntimeError: when the merged weight holds fewer zeros than the adapters promise.
+            RuntimeError: when the merged weight holds fewer zeros than the adapters promise, or the base weight is a
+                copy that FSDP gathered for a forward.
         """
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
+        self._check_writable()
         self._warn_if_never_pruned(names, "Merging")
         merged_names = self.merged_adapters + names
         if safe_merge:
@@ -459,10 +476,17 @@ class PSTLayer(BaseTunerLayer):
         base = self._base
         if self._dense_weight is None:
             # On the CPU, so that merging does not double the memory of the accelerator.
-            self._dense_weight = base.weight.data.to("cpu")
-        base.weight.data = merged.T if self._stores_transposed else merged
+            self._dense_weight = copy_of(base.weight)
+        replace_values(base.weight, merged.T if self._stores_transposed else merged)
         self.merged_adapters = merged_names
         self._masked_weight = None
+
+    def _check_writable(self) -> None:
+        if is_gathered_for_forward(self._base) and not is_sharded(self._base.weight):
+            raise RuntimeError(
+                f"Layer {self.module_name}: the base weight is a copy that FSDP gathered for a forward, so merging and "
+                "unmerging would be lost; call reshard() on the modules given to fully_shard() first."
+            )
 
     def _check_finite(self, adapter_names: Sequence[str]) -> None:
         # A NaN score need not make any weight NaN, so looking at the merged weight alone would miss it.
@@ -484,8 +508,10 @@ class PSTLayer(BaseTunerLayer):
         if self._dense_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self._check_writable()
         base = self._base
-        base.weight.data = self._dense_weight.to(base.weight)  # the model may have been moved or cast meanwhile
+        # The model may have been moved or cast meanwhile.
+        replace_values(base.weight, self._dense_weight.to(base.weight.device, base.weight.dtype))
         self._dense_weight = None
         self.merged_adapters = []
         self._masked_weight = None
@@ -499,6 +525,7 @@ class PSTLinear(nn.Module, PSTLayer):
     ) -> None:
         super().__init__()
         PSTLayer.__init__(self, base_layer, module_name)
+        self.register_load_state_dict_post_hook(_forget_what_was_made)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, status)
 
@@ -533,9 +560,9 @@ class PSTLinear(nn.Module, PSTLayer):
     def _inference_weight(self, adapter_names: list[str]) -> Tensor:
         if torch.compiler.is_compiling():
             return effective_weight(self._dense(), self._pruners(adapter_names))
-        if self.training:
-            # A forward without gradient in mid-training (the first pass of a checkpointed block, a reference model):
-            # keeping a dense copy for the next one would cost the memory of the whole model.
+        if self.training or is_gathered_for_forward(self._base):
+            # A forward without gradient in mid-training (the first pass of a checkpointed block, a reference model), or
+            # a base that is sharded: keeping a dense copy for the next one would cost the memory of the whole model.
             return self.get_masked_weight(adapter_names)
         tensors = (t for name in adapter_names for t in self._origin(name, self.get_factors(name)))
         origin = (tuple(adapter_names), fingerprint(tensors))
@@ -563,6 +590,11 @@ class PSTLinear(nn.Module, PSTLayer):
 
     def __repr__(self) -> str:
         return "pst." + super().__repr__()
+
+
+def _forget_what_was_made(layer: nn.Module, incompatible_keys: object) -> None:
+    assert isinstance(layer, PSTLayer)
+    layer.forget_all()  # the shards of a sharded parameter are written behind the backs of its gathered copies
 
 
 @contextmanager

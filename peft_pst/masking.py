@@ -47,6 +47,39 @@ def num_pruned(numel: int, sparsity: float) -> int:
     return min(count, max(numel - 1, 0))
 
 
+def check_num_pruned(count: int, numel: int) -> None:
+    """Refuse a stored number of zeros that the matrix cannot have.
+
+    Raises:
+        ValueError: if `count` is outside [0, numel).
+
+    Example:
+        >>> check_num_pruned(8, numel=8)
+        Traceback (most recent call last):
+        ...
+        ValueError: pst_num_pruned=8 is outside [0, 8), the number of weights.
+    """
+    if not 0 <= count < numel:
+        raise ValueError(f"pst_num_pruned={count} is outside [0, {numel}), the number of weights.")
+
+
+def check_zeros(packed: Tensor, count: int, numel: int) -> None:
+    """Refuse a stored mask that does not prune as many weights as the number of zeros stored with it says.
+
+    Raises:
+        ValueError: if the two differ.
+
+    Example:
+        >>> check_zeros(pack_mask(torch.tensor([True, False])), 2, numel=2)
+        Traceback (most recent call last):
+        ...
+        ValueError: pst_mask prunes 1 weights, but pst_num_pruned=2.
+    """
+    zeros = numel - int(unpack_mask(packed, (numel,)).sum())
+    if zeros != count:
+        raise ValueError(f"pst_mask prunes {zeros} weights, but pst_num_pruned={count}.")
+
+
 def select_mask(scores: Tensor, count: int) -> Tensor:
     """Mask out exactly the `count` lowest scores.
 

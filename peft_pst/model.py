@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from .layer import LayerPlan, PSTLayer, PSTLinear, ScheduleStatus, supports
+from .loading import check_stored_adapter
 from .masking import num_pruned
 from .schedule import cubic_sparsity
 from .targets import find_block_linears
@@ -133,6 +134,7 @@ class PSTModel(BaseTuner):
             "pst_positions, the places of the residual pst_S,",
             "which weights it belongs to is not known",
         )
+        check_stored_adapter(model, adapter_name, remapped)
         return remapped
 
     @contextmanager

@@ -25,6 +25,7 @@ from .checkpoint import checkpoint_files, floating_tensors
 from .layer import PSTLayer
 from .masking import num_pruned
 from .model import pst_layers
+from .sharding import whole
 from .tables import sparsity_table
 
 REPORT_NAME = "pst_report.json"
@@ -328,7 +329,7 @@ def _count_layer(layer: PSTLayer, names: list[str]) -> LayerSparsity:
     return LayerSparsity(
         name=layer.module_name,
         shape=(layer.out_features, layer.in_features),
-        zeros=count_zeros(weight if is_merged else layer.get_masked_weight(names)),
+        zeros=count_zeros(whole(weight) if is_merged else layer.get_masked_weight(names)),
         promised=max(layer.get_num_pruned(name) for name in names),
         target_sparsity=max(layer.pst_plans[name].target_sparsity for name in names),
         transposed=isinstance(base, Conv1D),

@@ -564,7 +564,10 @@ def refused(capsys: pytest.CaptureFixture[str], status: int, output: Path) -> st
         (["--train_file", "{csv}", "--target_modules", "que[ry"], "'que[ry' is not a regular expression: unterminated"),
         (["--train_file", "{csv}", "--exclude_modules", "("], "'(' is not a regular expression: missing )"),
         (["--train_file", "{csv}", "--rank_pattern", '{"a(": 5}'], "'a(' is not a regular expression: missing )"),
-        (["--train_file", "{csv}", "--resume_from_checkpoint", "true"], "holds no checkpoint; leave the option out"),
+        (
+            ["--train_file", "{csv}", "--resume_from_checkpoint", "true"],
+            "holds no whole checkpoint; leave the option out",
+        ),
         (["--train_file", "{csv}", "--resume_from_checkpoint", "{folder}"], "is not a checkpoint of an adapter"),
         (["--train_file", "{csv}", "--model_name_or_path", "{folder}"], "could not be loaded:"),
         (

@@ -17,8 +17,8 @@ from ..config import PSTConfig
 
 
 def pst_fields() -> list[dataclasses.Field]:
-    """The fields of `PSTConfig` that are its own, without those that PEFT manages."""
-    managed = {field.name for field in dataclasses.fields(PeftConfig)}
+    """The fields of `PSTConfig` that are its own, without those that PEFT and this package manage."""
+    managed = {field.name for field in dataclasses.fields(PeftConfig)} | {"format_version"}
     return [field for field in dataclasses.fields(PSTConfig) if field.name not in managed]
 
 

@@ -12,10 +12,11 @@ import numpy as np
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from ..model import pst_layers
 from ..report import SparsityReport, report_model
+from ..resuming import last_whole_checkpoint
 from .adapter import add_adapter
 from .classification import prepare_classification
 from .console import plain_warnings, say
@@ -91,9 +92,11 @@ def _find_checkpoint(folder: Path, resume: str) -> str | None:
     if resume.lower() in ("false", "no"):
         return None
     if resume.lower() in ("true", "yes", "last"):
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        last = last_whole_checkpoint(folder)
         if last is None:
-            raise UserError(f"--resume_from_checkpoint {resume}: {folder} holds no checkpoint; leave the option out.")
+            raise UserError(
+                f"--resume_from_checkpoint {resume}: {folder} holds no whole checkpoint; leave the option out."
+            )
         return last
     for name in (CONFIG_NAME, TRAINER_STATE_NAME):
         if not (Path(resume) / name).is_file():

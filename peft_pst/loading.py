@@ -1,0 +1,99 @@
+"""What an adapter's tensors must be like to be loaded. They come from a file, so nothing in them is trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .layer import PSTLayer
+from .masking import check_num_pruned, check_zeros
+from .residual import check_positions
+from .sharding import is_sharded
+
+_DTYPES = {"pst_num_pruned": torch.int64, "pst_mask": torch.uint8, "pst_positions": torch.int64}
+
+
+def check_stored_adapter(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:
+    """Refuse the stored tensors of an adapter, before the model is touched, unless they are those of its layers.
+
+    Args:
+        model: a model that has the adapter already.
+        adapter_name: its name there.
+        state: the tensors by the names that they have in the model's state dict; other tensors may be among them.
+
+    Raises:
+        ValueError: naming the layer, if a tensor is missing, has no place, or has another shape or kind than the
+            model's, if a factor is not finite, or if number of zeros, mask and positions do not go together.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_pst import PSTConfig
+        >>> config = PSTConfig(target_modules=["0"], target_sparsity=0.5)
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 4)), config)
+        >>> state = model.state_dict()
+        >>> state["base_model.model.0.pst_num_pruned.default"] = torch.tensor(32)
+        >>> check_stored_adapter(model, "default", state)
+        Traceback (most recent call last):
+        ...
+        ValueError: Layer 0, adapter 'default': pst_num_pruned=32 is outside [0, 32), the number of weights. The \
+adapter file is damaged or belongs to another model; load the one that was saved for this base.
+    """
+    stored = {name: tensor for name, tensor in state.items() if ".pst_" in name}
+    if not stored:
+        return  # a rank that gets its adapter from another one, or biases alone
+    for name, layer in model.named_modules():
+        if isinstance(layer, PSTLayer) and adapter_name in layer.pst_plans:
+            prefix = _without_wrappers(name)
+            parts = {part: stored.pop(f"{prefix}.{part}.{adapter_name}", None) for part in _parts(layer, adapter_name)}
+            with layer.refusing_damage(adapter_name):
+                _check_layer(layer, adapter_name, parts)
+    if stored:
+        raise ValueError(
+            f"{min(stored)} has no place in adapter {adapter_name!r} of this model. The file belongs to another "
+            "model or configuration; load it with the ones it was saved for."
+        )
+
+
+def _without_wrappers(name: str) -> str:
+    """The name as state dicts have it, where activation checkpointing and FSDP leave theirs out."""
+    parts = name.split(".")
+    return ".".join(part for part in parts if part not in ("_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
+
+
+def _parts(layer: PSTLayer, adapter_name: str) -> Iterable[str]:
+    tensors = (*layer.adapter_layer_names, *_DTYPES)
+    return [part for part in tensors if adapter_name in getattr(layer, part)]
+
+
+def _check_layer(layer: PSTLayer, adapter_name: str, stored: Mapping[str, Tensor | None]) -> None:
+    for part, tensor in stored.items():
+        if tensor is None:
+            raise ValueError(f"{part} is missing.")
+        _check_kind(part, tensor, getattr(layer, part)[adapter_name])
+    present = {part: tensor for part, tensor in stored.items() if tensor is not None and _is_readable(tensor)}
+    for part, tensor in present.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{part} holds a NaN or an infinity.")
+    if "pst_num_pruned" in present:
+        count = int(present["pst_num_pruned"])
+        check_num_pruned(count, layer.num_weights)
+        if "pst_mask" in present:
+            check_zeros(present["pst_mask"], count, layer.num_weights)
+    if "pst_positions" in present:
+        check_positions(present["pst_positions"], layer.num_weights)
+
+
+def _check_kind(part: str, tensor: Tensor, expected: Tensor) -> None:
+    if tensor.shape != expected.shape:
+        raise ValueError(f"{part} has shape {tuple(tensor.shape)}, but the model's has {tuple(expected.shape)}.")
+    dtype = _DTYPES.get(part)
+    if dtype is None and not tensor.is_floating_point():
+        raise ValueError(f"{part} is of {tensor.dtype}, which is no floating-point type.")
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"{part} is of {tensor.dtype} instead of {dtype}.")
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    return not tensor.is_meta and not is_sharded(tensor)

@@ -1,0 +1,103 @@
+"""Divergence, and disks that take no more: a clear error, and nothing lost that was there."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from tiny_models import TOKENS, inputs, layers_of, net, pruned_net, tiny_bert
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from peft_pst import PSTCallback, PSTConfig, last_whole_checkpoint, num_pruned
+
+
+class Sentences(Dataset):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": TOKENS[index % 2], "labels": torch.tensor(index % 3)}
+
+
+class Poison(TrainerCallback):
+    """Stands for a loss that overflows: one trained tensor is not finite after a step."""
+
+    def __init__(self, step: int, name: str, value: float) -> None:
+        self.step, self.name, self.value = step, name, value
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            parameter = next(p for name, p in kwargs["model"].named_parameters() if self.name in name)
+            parameter.data.view(-1)[0] = self.value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["query.pst_V.default", "query.pst_B.default", "modules_to_save.default.weight"])
+def test_what_diverged_is_not_saved(tmp_path: Path, name: str, value: float) -> None:
+    model = get_peft_model(tiny_bert(), PSTConfig(task_type="SEQ_CLS", r=2, score_rank=2))
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=6, save_steps=2, save_total_limit=1, report_to=[], disable_tqdm=True, use_cpu=True
+    )
+    callbacks = [PSTCallback(), Poison(4, name, value)]
+    trainer = Trainer(model, arguments, train_dataset=Sentences(), callbacks=callbacks)
+    with pytest.raises(ValueError, match=rf"After step 4, 1 of \d+ trained tensors hold a NaN .*{name}"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    PeftModel.from_pretrained(tiny_bert(), str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("part", ["pst_U", "pst_B", "pst_R"])
+def test_a_score_that_is_nan_names_its_layer(part: str) -> None:
+    model = pruned_net()
+    with torch.no_grad():
+        getattr(model.base_model.model.layers[1].up, part)["default"].view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match=r"Layer layers\.1\.up, adapter 'default': The scores hold a NaN"):
+        model(inputs())
+
+
+def test_a_base_weight_that_is_nan_names_its_layer() -> None:
+    base = net()
+    base.layers[1].down.weight.data[0, 0] = float("nan")
+    model = get_peft_model(base, PSTConfig(initial_sparsity=0.5))
+    with pytest.raises(ValueError, match=r"Layer layers\.1\.down, adapter 'default': The scores hold a NaN"):
+        model(inputs())
+
+
+def test_no_mask_removes_a_whole_layer() -> None:
+    model = pruned_net(target_sparsity=1 - 1e-9)
+    for layer in layers_of(model).values():
+        assert int(layer.get_mask("default").sum()) == 1
+    assert num_pruned(1, 0.999) == 0
+
+
+# Disks
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk that is full after `size` bytes a file; as on a full disk, writing fails with an OSError."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_does_not_cost_the_old_adapter(tmp_path: Path) -> None:
+    pruned_net().save_pretrained(tmp_path)
+    old = (tmp_path / "adapter_model.safetensors").read_bytes()
+    model = pruned_net(r=6)
+    with files_of_at_most(1500), pytest.raises((OSError, SafetensorError)):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == old
