@@ -78,8 +78,7 @@ def setting(options: argparse.Namespace) -> dict[str, Any]:
 
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = ["device", "model", "precision", "width", "intermediate", "layers", "batch", "tokens", "accumulate"]
-    names += ["mask_interval"]
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{torch.get_num_threads()} threads of {names[0] if names else platform.processor() or platform.machine()}"
 
 
