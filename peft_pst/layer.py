@@ -394,6 +394,12 @@ class PSTLayer(BaseTunerLayer):
                 "that are offloaded by hooks are not supported; load the model into memory first."
             )
         weight = whole(base if self._dense_weight is None else self._dense_weight.to(base.device, base.dtype))
+        # DeepSpeed's own mark: it gathers the base weight within a forward, and would miss the adapter's tensors.
+        if hasattr(base, "ds_id") or weight.numel() != self.num_weights:
+            raise RuntimeError(
+                f"Layer {self.module_name}: DeepSpeed ZeRO-3 and FSDP1 shard the base weight in ways that PST cannot "
+                "gather; use FSDP2 or ZeRO-2 instead."
+            )
         return weight.T if self._stores_transposed else weight
 
     def _present(self, adapter_names: Sequence[str]) -> list[str]:

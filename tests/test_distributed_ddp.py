@@ -83,7 +83,7 @@ def count_calls(*names: str) -> Counter[str]:
 
 def train_by_hand(options: dict[str, dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
     rank, results = dist.get_rank(), {}
-    counter = count_calls("select_mask", "check_positions")
+    counter = count_calls("select_adapter_mask", "check_positions")
     for name, option in options.items():
         model = make(option, seeds[rank])
         wrapped = DistributedDataParallel(model)
@@ -118,8 +118,8 @@ def test_broadcast_buffers_make_nothing_anew(by_hand: list[dict[str, Any]]) -> N
     selections = {"mask of every step": STEPS + 1, "held masks": STEPS // 2 + 1, "residual": STEPS + 1}
     for results in by_hand:
         for name, expected in selections.items():
-            assert results[name]["calls"]["select_mask"] <= 4 * expected, name
-        assert results["masks held at the target"]["calls"].get("select_mask", 0) == 0
+            assert results[name]["calls"]["select_adapter_mask"] <= 4 * expected, name
+        assert results["masks held at the target"]["calls"].get("select_adapter_mask", 0) == 0
         assert results["residual"]["calls"].get("check_positions", 0) <= 4
 
 

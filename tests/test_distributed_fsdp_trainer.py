@@ -116,6 +116,7 @@ def check(folder: Path, cases: dict[str, tuple[Any, ...]]) -> None:
         )
 
 
+@pytest.mark.slow
 def test_sharded_training_with_the_trainer(tmp_path: Path) -> None:
     check(tmp_path, {"ddp": (None, {}, {"save_strategy": "no"}), "fsdp": (FULL, {}, {})})
     trained = PeftModel.from_pretrained(frozen_llama(), str(tmp_path / "fsdp" / "adapter"))

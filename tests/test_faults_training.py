@@ -40,8 +40,9 @@ class Poison(TrainerCallback):
             parameter.data.view(-1)[0] = self.value
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["query.pst_V.default", "query.pst_B.default", "modules_to_save.default.weight"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("query.pst_V.default", float("nan")), ("modules_to_save.default.weight", float("inf"))]
+)
 def test_what_diverged_is_not_saved(tmp_path: Path, name: str, value: float) -> None:
     model = get_peft_model(tiny_bert(), PSTConfig(task_type="SEQ_CLS", r=2, score_rank=2))
     arguments = TrainingArguments(
