@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.cost.memory import peak_memory
-from benchmarks.cost.methods import METHODS, Run, timed_selection
+from benchmarks.cost.methods import METHODS, RANK, Run, timed_selection
 from benchmarks.cost.picture import draw_scaling
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::_scaled_dot_product")
@@ -93,21 +93,29 @@ def split(run: Run) -> dict[str, float]:
         total = statistics.median(run.timed_step() for _ in range(3))
         selection = sum(seconds) / 3 / run.options.mask_interval
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if run.options.device == "cuda" else [])
-    with profile(activities=activities) as profiled:
+    with profile(activities=activities, record_shapes=True) as profiled:
         run.step()
     field = "self_device_time_total" if run.options.device == "cuda" else "self_cpu_time_total"
-    products = sum(getattr(event, field) for event in profiled.key_averages() if event.key.startswith(PRODUCTS)) / 1e6
+    events = profiled.key_averages(group_by_input_shape=True)
+    products = sum(getattr(event, field) for event in events if is_product(event)) / 1e6
     return {
         "products": products / total,
         "selection": selection / total,
-        "rest": max(0.0, 1 - (products + selection) / total),
+        "rest": 1 - (products + selection) / total,
     }
 
 
+def is_product(event: Any) -> bool:
+    """Whether the profiler saw a matrix product of the model's own, and not one of an adapter's rank."""
+    sizes = [size for shape in event.input_shapes if len(shape) > 1 for size in shape]
+    return event.key.startswith(PRODUCTS) and min(sizes, default=0) > RANK
+
+
 def memory_in_fresh_process(method: str, options: argparse.Namespace) -> int:
-    names = ("device", "model", "precision", "width", "intermediate", "layers", "batch", "tokens", "accumulate")
+    shape = ["width", "intermediate", "layers", "batch", "tokens"]
+    names = ["device", "model", "precision", *shape, "accumulate", "mask_interval", "sparsity"]
     arguments = [text for name in names for text in (f"--{name}", str(getattr(options, name)))]
-    command = [sys.executable, __file__, *arguments, "--sparsity", str(options.sparsity), "--memory_of", method]
+    command = [sys.executable, __file__, *arguments, "--memory_of", method]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -183,7 +191,9 @@ def main() -> None:
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         name = f"{'scaling-' if options.scaling else ''}{options.model}-{options.device}-{options.precision}"
+        name += "" if options.scaling else f"-{options.layers}x{options.width}-{options.batch}x{options.tokens}"
         name += f"-accumulate{options.accumulate}" if options.accumulate > 1 else ""
+        name += f"-interval{options.mask_interval}" if options.mask_interval > 1 else ""
         (options.output / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
         if options.scaling:
             machine = next(iter(result.values()))[0]["machine"]

@@ -4,6 +4,7 @@ from ._registration import register as _register
 from ._version import __version__
 from .callback import PSTCallback
 from .config import PSTConfig
+from .distillation import DistillationMixin, DistillationTrainer, distillation_loss
 from .heads import prune_heads
 from .layer import PSTLayer
 from .masking import num_pruned, topk_mask
@@ -18,6 +19,8 @@ _register()
 
 
 __all__ = [
+    "DistillationMixin",
+    "DistillationTrainer",
     "PSTCallback",
     "PSTConfig",
     "PSTLayer",
@@ -26,6 +29,7 @@ __all__ = [
     "__version__",
     "create_pst_optimizer",
     "cubic_sparsity",
+    "distillation_loss",
     "get_sparsity",
     "last_whole_checkpoint",
     "num_pruned",

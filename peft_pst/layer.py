@@ -161,7 +161,7 @@ class PSTLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         made = not any(tensor.is_meta for tensor in self._origin(adapter_name, self.get_factors(adapter_name)))
         if config.holds_mask and made:
-            self._hold_selection(adapter_name)
+            self._hold(adapter_name, self._select(adapter_name, self.get_num_pruned(adapter_name)))
 
     @torch.no_grad()
     def _reset_parameters(self, adapter_name: str, config: PSTConfig) -> None:
@@ -245,10 +245,24 @@ class PSTLayer(BaseTunerLayer):
         Raises:
             RuntimeError: while the adapter is merged.
         """
+        self.put_in_force(adapter_name, *self.prepare_sparsity(adapter_name, sparsity))
+
+    def prepare_sparsity(self, adapter_name: str, sparsity: float) -> tuple[int, Tensor | None]:
+        """What a sparsity comes to: the number of zeros, and the packed mask if masks are held. Changes nothing.
+
+        Raises:
+            ValueError: if the scores cannot be ranked.
+            RuntimeError: while the adapter is merged.
+        """
         self.check_unmerged(adapter_name)
-        self._set_num_pruned(adapter_name, num_pruned(self.num_weights, sparsity))
-        if adapter_name in self.pst_mask:
-            self._hold_selection(adapter_name)
+        count = num_pruned(self.num_weights, sparsity)
+        return count, self._select(adapter_name, count) if adapter_name in self.pst_mask else None
+
+    def put_in_force(self, adapter_name: str, count: int, held: Tensor | None) -> None:
+        """Put in force what `prepare_sparsity` returned."""
+        self._set_num_pruned(adapter_name, count)
+        if held is not None:
+            self._hold(adapter_name, held)
 
     def set_mask(self, adapter_name: str, keep: Tensor) -> None:
         """Put a mask made elsewhere in force for one adapter, and its number of zeros.
@@ -404,11 +418,11 @@ class PSTLayer(BaseTunerLayer):
             return traced_packed_mask([tensor.detach() for tensor in tensors], self._handle, adapter_name)
         if is_sharded(self._base.weight):
             # Outside a forward: what was gathered for this selection is gone after it, and has no identity to compare.
-            return self._select(adapter_name)
+            return self._select(adapter_name, self.get_num_pruned(adapter_name))
         origin = self._mask_origin(tensors)
         cached = self._masks.get(adapter_name)
         if cached is None or cached[0] != origin:
-            cached = (origin, self._select(adapter_name))
+            cached = (origin, self._select(adapter_name, self.get_num_pruned(adapter_name)))
             self._masks[adapter_name] = cached
         return cached[1]
 
@@ -419,19 +433,16 @@ class PSTLayer(BaseTunerLayer):
         # training, an optimizer is taken to be the only writer; elsewhere, nothing is taken for granted.
         return optimizer_steps() if self.training else object()
 
-    def _select(self, adapter_name: str) -> Tensor:
-        count = self.get_num_pruned(adapter_name)
+    def _select(self, adapter_name: str, count: int) -> Tensor:
         try:
             with _outside_any_graph(self._base.weight.device):
                 return select_adapter_mask(self._dense(), self.get_factors(adapter_name), count)
         except ValueError as error:
             raise ValueError(f"Layer {self.module_name}, adapter {adapter_name!r}: {error}") from error
 
-    def _hold_selection(self, adapter_name: str) -> None:
-        self._hold(adapter_name, self._select(adapter_name))
-
     def _hold(self, adapter_name: str, packed: Tensor) -> None:
-        self.pst_mask[adapter_name].copy_(packed)
+        # Another tensor in its place, since a backward that is still to come may need the mask of its forward.
+        self.pst_mask[adapter_name] = packed
         self._checked_masks[adapter_name] = self._held_identity(adapter_name)
 
     def _held_identity(self, adapter_name: str) -> object:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import kernels
 from .blocks import CACHE_NUMEL, is_large, on_eager_cpu, row_blocks
@@ -56,7 +55,7 @@ def effective_weight(weight: Tensor, pruners: Sequence[Pruner], dtype: torch.dty
         return weights.effective_weight(weight, *pruners[0], dtype)
     if not is_large(weight):
         return _effective_rows(weight, pruners).to(dtype)
-    effective = torch.empty(weight.shape, dtype=dtype)
+    effective = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for block in row_blocks(0, weight.shape[0], weight.shape[1], CACHE_NUMEL):
         effective[block] = _effective_rows(weight[block], [_rows(pruner, block, weight.shape[1]) for pruner in pruners])
     return effective
@@ -169,25 +168,39 @@ class _MaskedLinear(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        x, weight, *tensors = ctx.saved_tensors
-        pruners = _pruners(tensors, ctx.scales)
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        wants_factors = ctx.needs_input_grad[_FIXED_INPUTS:]
-        grad_x = grad_weight = grad_bias = None
-        grad_factors: Sequence[Tensor | None] = [None] * len(tensors)
-        with torch.autocast(grad_output.device.type, enabled=False):
-            grad_output = grad_output.to(x.dtype)
-            if wants_x:
-                grad_x = (grad_output @ effective_weight(weight, pruners, x.dtype)).to(ctx.input_dtype)
-            rows = grad_output.reshape(-1, weight.shape[0])
-            if wants_bias:
-                grad_bias = rows.sum(0)
-            if wants_weight or any(wants_factors):
-                x = x.reshape(-1, weight.shape[1])
-                grad_weight, grad_factors = _parameter_gradients(rows, x, weight, pruners, wants_weight, wants_factors)
-        return grad_x, grad_weight, grad_bias, None, None, *grad_factors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Only with create_graph=True. torch's own `once_differentiable` lets a second derivative pass as zero
+            # where the gradient of the output is constant.
+            raise RuntimeError(_NO_SECOND_DERIVATIVE)
+        return _backward(ctx, grad_output)
+
+
+_NO_SECOND_DERIVATIVE = (
+    "A PST layer cannot be differentiated twice, since its straight-through mask has no second derivative; leave out "
+    "create_graph=True, or disable the adapter where a second derivative is needed."
+)
+
+
+@torch.no_grad()
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    x, weight, *tensors = ctx.saved_tensors
+    pruners = _pruners(tensors, ctx.scales)
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    wants_factors = ctx.needs_input_grad[_FIXED_INPUTS:]
+    grad_x = grad_weight = grad_bias = None
+    grad_factors: Sequence[Tensor | None] = [None] * len(tensors)
+    with torch.autocast(grad_output.device.type, enabled=False):
+        grad_output = grad_output.to(x.dtype)
+        if wants_x:
+            grad_x = (grad_output @ effective_weight(weight, pruners, x.dtype)).to(ctx.input_dtype)
+        rows = grad_output.reshape(-1, weight.shape[0])
+        if wants_bias:
+            grad_bias = rows.sum(0)
+        if wants_weight or any(wants_factors):
+            x = x.reshape(-1, weight.shape[1])
+            grad_weight, grad_factors = _parameter_gradients(rows, x, weight, pruners, wants_weight, wants_factors)
+    return grad_x, grad_weight, grad_bias, None, None, *grad_factors
 
 
 def _parameter_gradients(

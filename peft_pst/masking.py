@@ -272,5 +272,6 @@ def masked_weight(weight: Tensor, packed: Tensor) -> Tensor:
 @cache
 def _words(integer: torch.dtype) -> Tensor:
     """Row b: for each bit of the byte b, lowest first, a word of that bit alone; (256, 8)."""
-    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    # Named, because the table outlives whatever device is the default now.
+    bits = torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu") & 1
     return bits.neg().to(integer)

@@ -207,10 +207,15 @@ def update_sparsity(model: nn.Module, step: int, total_steps: int | None = None)
     for layer, name in active_adapters(model):
         layer.check_unmerged(name)
         planned.append((layer, name, _scheduled_sparsity(layer.pst_plans[name], step, total_steps)))
+    prepared = [
+        (layer, name, layer.prepare_sparsity(name, sparsity))
+        for layer, name, sparsity in planned
+        if _selection_is_due(layer, name, step, sparsity)
+    ]
     # All or nothing: whatever may be refused has been by now.
-    for layer, name, sparsity in planned:
-        if _selection_is_due(layer, name, step, sparsity):
-            layer.set_sparsity(name, sparsity)
+    for layer, name, change in prepared:
+        layer.put_in_force(name, *change)
+    for layer, name, _ in planned:
         layer.pst_plans[name].status.moved = True
     return get_sparsity(model)
 

@@ -13,13 +13,15 @@ from .scoring import Factors, base_scores
 
 _SAMPLE = 128  # rows and columns whose scores are looked at first
 _DEVIATIONS = 4.5  # of the sample's cut, to either side
+_MOST_INSIDE = 0.15  # of the scores, each of which costs an index of eight bytes
 
 
 def select_adapter_mask(weight: Tensor, factors: Factors, count: int) -> Tensor:
     """The mask that an adapter's scores select: `select_packed_mask(base_scores(weight, factors), count)`.
 
-    On the CPU, the scores of a large matrix are made block by block and never held. A sample encloses the cut between
-    two values; what lies above them is kept, what lies below is pruned, and only what lies between is selected from.
+    On the CPU, the scores of a large matrix are made block by block. A sample encloses the cut between two values; what
+    lies above them is kept, what lies below is pruned, and only the few between are held and selected from. Where whole
+    rows or columns decide, or most scores tie, they are not few, and all are selected from at once.
 
     Args:
         weight: base weight W0, (out, in), any floating dtype.
@@ -38,17 +40,18 @@ def select_adapter_mask(weight: Tensor, factors: Factors, count: int) -> Tensor:
         tensor([12], dtype=torch.uint8)
     """
     if is_large(weight) and 0 < count < weight.numel():
-        packed = _select_between(weight, factors, count, *_bracket(weight, factors, count))
+        bracket = _bracket(weight, factors, count)
+        packed = None if bracket is None else _select_between(weight, factors, count, *bracket)
         if packed is not None:
             return packed
     return select_packed_mask(base_scores(weight, factors), count)
 
 
-def _bracket(weight: Tensor, factors: Factors, count: int) -> tuple[float, float]:
-    """Two values between which the cut lies, most likely."""
+def _bracket(weight: Tensor, factors: Factors, count: int) -> tuple[float, float] | None:
+    """Two values between which the cut lies, most likely; None where too much would lie between them to be worth it."""
     # Chosen at random, since neighbours are alike, but always the same, since a selection is reproducible.
-    generator = torch.Generator().manual_seed(0)
-    rows, columns = (torch.randperm(size, generator=generator)[:_SAMPLE] for size in weight.shape)
+    generator = torch.Generator("cpu").manual_seed(0)
+    rows, columns = (torch.randperm(size, generator=generator, device="cpu")[:_SAMPLE] for size in weight.shape)
     sample = base_scores(weight[rows[:, None], columns], factors.at(rows, columns))
     ranked = sample.flatten().sort().values
     share = count / weight.numel()
@@ -57,10 +60,10 @@ def _bracket(weight: Tensor, factors: Factors, count: int) -> tuple[float, float
     variance = sum(pruned.mean(axis).var(correction=0) / pruned.shape[1 - axis] for axis in (0, 1))
     margin = _DEVIATIONS * math.sqrt(float(variance)) + 1 / len(ranked)
     low, high = math.floor((share - margin) * len(ranked)), math.ceil((share + margin) * len(ranked))
-    return (
-        -math.inf if low < 0 else float(ranked[low]),
-        math.inf if high >= len(ranked) else float(ranked[high]),
-    )
+    lowest = -math.inf if low < 0 else float(ranked[low])
+    highest = math.inf if high >= len(ranked) else float(ranked[high])
+    inside = torch.count_nonzero((ranked >= lowest) & (ranked <= highest))
+    return None if inside > _MOST_INSIDE * len(ranked) else (lowest, highest)
 
 
 def _select_between(weight: Tensor, factors: Factors, count: int, low: float, high: float) -> Tensor | None:

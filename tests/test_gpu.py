@@ -56,15 +56,21 @@ def test_a_training_step_on_the_gpu_equals_one_on_the_cpu(dtype, residual):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 8)).to(dtype)
     on_cpu = get_peft_model(base, PSTConfig(target_modules=["0", "2"], target_sparsity=0.9, residual=residual))
+    with torch.no_grad():  # V and B start at zero, and so would the gradients of U and A
+        for parameter in on_cpu.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
     update_sparsity(on_cpu, 1, 1)
     on_gpu = copy.deepcopy(on_cpu).cuda()
     x = torch.randn(32, 96, dtype=dtype)
     for model, batch in ((on_cpu, x), (on_gpu, x.cuda())):
         model(batch).float().square().mean().backward()
-    tolerance = {"rtol": 1e-3, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-3}
-    for (name, a), (_, b) in zip(on_gpu.named_parameters(), on_cpu.named_parameters(), strict=True):
+    trained = [(n, a, b) for (n, a), b in zip(on_gpu.named_parameters(), on_cpu.parameters(), strict=True)]
+    for name, a, b in trained:
         if b.grad is not None:
-            torch.testing.assert_close(a.grad.cpu(), b.grad, msg=name, **tolerance)
+            assert b.grad.norm() > 0, name
+            error = (a.grad.cpu() - b.grad).norm() / b.grad.norm()
+            assert error < (1e-4 if dtype == torch.float32 else 0.05), (name, error)
 
 
 @pytest.mark.gpu

@@ -178,6 +178,37 @@ def test_a_mask_that_contradicts_the_count_is_refused(damage, tmp_path):
         PeftModel.from_pretrained(net(), tmp_path)
 
 
+def test_a_refused_selection_changes_nothing():
+    model = held_net(2)
+    update_sparsity(model, 4, 10)
+    before, sparsity = masks(model), model.get_sparsity()
+    weight = model.base_model.model.layers[1].down.get_base_layer().weight
+    kept = weight.data.clone()
+    weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.down.*NaN"):
+        update_sparsity(model, 6, 10)
+    weight.data.copy_(kept)
+    assert model.get_sparsity() == sparsity
+    assert same(masks(model), before)
+    update_sparsity(model, 6, 10)
+    assert model.get_sparsity() > sparsity
+
+
+@pytest.mark.parametrize("interval", [1, 5])
+def test_a_backward_uses_the_mask_of_its_forward(interval):
+    gradients = []
+    for moves in (False, True):
+        model = held_net(interval).train()
+        update_sparsity(model, 5, 10)
+        shake(model, 0)
+        loss = model(inputs()).square().sum()
+        if moves:
+            update_sparsity(model, 10, 10)
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert_same_tensors(*gradients)
+
+
 def test_adding_the_adapter_anew_leaves_nothing_of_the_old_one():
     model = held_net(5)
     layer = model.base_model.model.layers[0].up

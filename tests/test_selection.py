@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_pst import blocks, masked_linear, selection
+from peft_pst import blocks, masked_linear, masking, selection
 from peft_pst.masked_linear import Pruner, effective_weight
 from peft_pst.masking import pack_mask, select_mask, unpack_mask
 from peft_pst.scoring import Factors, importance_scores, updated_weight
@@ -22,6 +22,7 @@ def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (selection, masked_linear):
         monkeypatch.setattr(module, "CACHE_NUMEL", 100)
     monkeypatch.setattr(selection, "_SAMPLE", 8)
+    monkeypatch.setattr(selection, "_MOST_INSIDE", 1)
 
 
 def make_factors(out: int, in_: int, *, spread: float = 1.0, ties: bool = False, residual: int = 3) -> Factors:
@@ -79,6 +80,25 @@ def test_the_cut_is_bracketed_where_rows_or_columns_decide(dominant, monkeypatch
         cut = importance_scores(updated_weight(weight, factors), factors).flatten().kthvalue(count).values
         assert low <= cut <= high
         assert torch.equal(select_adapter_mask(weight, factors, count), at_once(weight, factors, count))
+
+
+def test_where_much_would_lie_between_all_is_selected_from_at_once(monkeypatch):
+    monkeypatch.setattr(selection, "_MOST_INSIDE", 0.15)
+    monkeypatch.setattr(selection, "_select_between", None)  # calling it would fail
+    weight, factors = torch.zeros(300, 200), Factors()
+    assert selection._bracket(weight, factors, 30_000) is None
+    assert torch.equal(select_adapter_mask(weight, factors, 30_000), at_once(weight, factors, 30_000))
+
+
+def test_the_default_device_plays_no_part():
+    weight, factors = make_weight(53, 31), make_factors(53, 31)
+    expected = at_once(weight, factors, 700), effective_weight(weight, [Pruner(factors, at_once(weight, factors, 700))])
+    masking._words.cache_clear()
+    with torch.device("meta"):
+        packed = select_adapter_mask(weight, factors, 700)
+        actual = packed, effective_weight(weight, [Pruner(factors, packed)])
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
 
 
 @pytest.mark.parametrize(("low", "high"), [(float("inf"), float("inf")), (-float("inf"), -1e9), (-1e9, -1e9)])

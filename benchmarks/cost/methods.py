@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import oracle  # the tests' slow and obvious second implementation
 
 METHODS = {
-    "products": "the three products alone",
+    "products": "full fine-tuning, no optimizer",
     "full": "full fine-tuning, AdamW",
     "lora": "LoRA, r = 8",
     "autograd": "PST, plain autograd and sort",
@@ -47,11 +48,9 @@ class AutogradLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         factors = {name: getattr(self, name) for name in "UVABRC"}
-        weight = self.base.weight.float()
-        # Without autocast a half-precision input meets a float32 weight; the oracle then computes in that of the input.
-        weight = weight if torch.is_autocast_enabled(weight.device.type) else weight.to(x.dtype)
-        bias = None if self.base.bias is None else self.base.bias.to(x.dtype)
-        return oracle.linear(x, weight, bias, [oracle.Adapter(**factors, count=self.count)])
+        adapter = oracle.Adapter(**factors, count=self.count)
+        weight = oracle.effective_weight(self.base.weight.float(), [adapter])
+        return F.linear(x, weight.to(self.base.weight.dtype), self.base.bias)
 
 
 def base_model(options: argparse.Namespace) -> nn.Module:
@@ -67,7 +66,7 @@ def base_model(options: argparse.Namespace) -> nn.Module:
         dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         model: nn.Module = BertModel(BertConfig(**sizes, **dropout), add_pooling_layer=False)
     else:
-        model = LlamaModel(LlamaConfig(**sizes, num_key_value_heads=options.width // 128, use_cache=False))
+        model = LlamaModel(LlamaConfig(**sizes, num_key_value_heads=max(1, options.width // 128), use_cache=False))
     dtype = torch.bfloat16 if options.device == "cuda" and options.precision == "bf16" else torch.float32
     return model.to(options.device, dtype)
 
@@ -99,29 +98,34 @@ class Run:
         self.trained = 0 if method == "products" else sum(parameter.numel() for parameter in trained)
         self.optimizer = self._optimizer(trained)
         self.ids = torch.randint(0, 64, (options.batch, options.tokens), device=options.device)
+        # A fixed random direction: the plain mean of squares behind a layer norm is a constant, without a gradient.
+        self.direction = torch.randn(options.width, device=options.device)
         self.steps = 0
         self._move_schedule()
 
     def _optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer | None:
         if self.method == "products":
-            # What full fine-tuning computes, without a place for the gradients or a step: the floor of all that need
-            # the dense weight gradient.
+            # Forward and backward with dense weight gradients, which are dropped at once: the floor of all methods that
+            # need them.
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
             return None
         if self.method == "ours":
-            return create_pst_optimizer(self.model, torch.optim.AdamW, lr=1e-4)
-        return torch.optim.AdamW(trained, lr=1e-4)
+            return create_pst_optimizer(self.model, torch.optim.AdamW, lr=1e-4, fused=True)
+        return torch.optim.AdamW(trained, lr=1e-4, fused=True)  # as the Trainer has it
 
     def _move_schedule(self) -> None:
         if self.method == "ours":
             update_sparsity(self.model, self.steps + 1, 1)  # at the target from the first step on
 
+    def loss(self) -> Tensor:
+        return (self.model(input_ids=self.ids).last_hidden_state.float() @ self.direction).square().mean()
+
     def step(self) -> None:
         autocast = self.options.precision == "bf16" and self.options.device == "cpu"
         for _ in range(self.options.accumulate):
             with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-                loss = self.model(input_ids=self.ids).last_hidden_state.float().square().mean()
+                loss = self.loss()
             loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
@@ -155,10 +159,10 @@ def timed_selection(device: str) -> Iterator[list[float]]:
     seconds: list[float] = []
     original: Callable[..., Tensor] = PSTLayer._select
 
-    def select(self: PSTLayer, adapter_name: str) -> Tensor:
+    def select(self: PSTLayer, *arguments: Any) -> Tensor:
         synchronize(device)
         start = time.perf_counter()
-        result = original(self, adapter_name)
+        result = original(self, *arguments)
         synchronize(device)
         seconds.append(time.perf_counter() - start)
         return result

@@ -71,8 +71,8 @@ def load_base(options: ModelOptions, labels: Labels | None) -> Base:
     new_modules = _new_modules(name, model, set(info["missing_keys"]) | misfits)
     if labels is not None:
         new_modules = [module for module in new_modules if not module.endswith(_HEADS_OF_PEFT)]
-    _settle_pad_token(name, model, tokenizer)
-    return Base(model, tokenizer, new_modules, _max_positions(model.config, tokenizer))
+    settle_pad_token(name, model, tokenizer)
+    return Base(model, tokenizer, new_modules, max_positions(model.config, tokenizer))
 
 
 def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase:
@@ -127,8 +127,12 @@ def _new_modules(name: str, model: PreTrainedModel, missing: set[str]) -> list[s
     return sorted(found)
 
 
-def _settle_pad_token(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """GPT-2 and Llama have no token to pad with; the end token serves, as nothing is read behind it."""
+def settle_pad_token(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """GPT-2 and Llama have no token to pad with; the end token serves, as nothing is read behind it.
+
+    Raises:
+        UserError: if the tokenizer has neither.
+    """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
@@ -138,7 +142,8 @@ def _settle_pad_token(name: str, model: PreTrainedModel, tokenizer: PreTrainedTo
             config.pad_token_id = tokenizer.pad_token_id
 
 
-def _max_positions(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def max_positions(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The number of tokens that a model can read, or None where nothing limits it."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     # A tokenizer that knows no limit says 10^30. Where it knows one (RoBERTa: 512 of 514), it is the exact one.
     limits = [limit for limit in (positions, tokenizer.model_max_length) if limit is not None and limit < 10**9]

@@ -13,6 +13,7 @@ from .job import Job
 from .labels import Labels
 from .metrics import compute_metrics, metric_names
 from .options import TrainOptions
+from .teacher import load_teacher
 
 _DEFAULT_LENGTH = 128
 
@@ -27,6 +28,7 @@ def prepare_classification(options: TrainOptions) -> Job:
     data = read_text_data(options.data)
     base = load_base(options.model, data.labels)
     length = settle_length(options.data.max_length, _DEFAULT_LENGTH, base)
+    teacher = load_teacher(options, base, data.labels, length)
     splits = [_tokenise(examples, base.tokenizer, length) for examples in (data.train, data.validation, data.test)]
     metric = task.metric if task else "accuracy" if data.labels.names else "correlation"
     train, validation, test = splits
@@ -40,6 +42,7 @@ def prepare_classification(options: TrainOptions) -> Job:
         compute_metrics=compute_metrics(metric),
         metric_names=metric_names(metric),
         facts=[*data.notes, *_facts(data, base, length, splits)],
+        teacher=teacher,
     )
 
 

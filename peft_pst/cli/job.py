@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from transformers import DataCollator, EvalPrediction
 
 from .base import Base
@@ -26,6 +27,7 @@ class Job:
         compute_metrics: what evaluation reports beside the loss, or None.
         metric_names: the names of that.
         facts: lines to tell the user before training.
+        teacher: a dense model to learn from, or None.
     """
 
     base: Base
@@ -37,3 +39,4 @@ class Job:
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None
     metric_names: list[str]
     facts: list[str]
+    teacher: nn.Module | None = None

@@ -15,6 +15,7 @@ from .errors import UserError, require
 from .files import Table, read_table
 from .job import Job
 from .options import DataOptions, TrainOptions
+from .teacher import load_teacher
 
 _DEFAULT_LENGTH = 1024
 _CHUNK = 65536  # characters of a plain text that are tokenised at once, up to the end of a line
@@ -56,6 +57,7 @@ def prepare_language_modelling(options: TrainOptions) -> Job:
         # ...ForCausalLM, as GPT-2's, leave it out, and their loss would be divided by one token a block too many.
         base.model.loss_type = "ForCausalLM"
     length = settle_length(options.data.max_length, _DEFAULT_LENGTH, base)
+    teacher = load_teacher(options, base, None, length)
     train = pack(corpus.train, base.tokenizer, length, options.data.max_train_samples)
     validation = None
     sizes = f"Data      {len(train):,} training"
@@ -63,7 +65,7 @@ def prepare_language_modelling(options: TrainOptions) -> Job:
         validation = pack(corpus.validation, base.tokenizer, length, options.data.max_eval_samples)
         sizes += f", {len(validation):,} validation"
     facts = [f"{sizes} blocks of {length} tokens"]
-    return Job(base, None, train, validation, None, default_data_collator, None, [], facts)
+    return Job(base, None, train, validation, None, default_data_collator, None, [], facts, teacher)
 
 
 def read_corpus(options: DataOptions) -> Corpus:

@@ -34,35 +34,41 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def load_adapted_model(
-    adapter: str | Path, base_model: str | None = None, *, dtype: str | torch.dtype = "auto"
+    adapter: str | Path,
+    base_model: str | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    any_method: bool = False,
 ) -> PeftModel:
-    """Load the base model of a PST adapter, and the adapter on top of it, in evaluation mode on the CPU.
+    """Load the base model of an adapter, and the adapter on top of it, in evaluation mode on the CPU.
 
     The base's class follows from the adapter's `task_type`, else from the class it was trained on, else from the
-    base's own `architectures`. The head takes as many labels as the adapter saved. Whether the adapter fits is
+    base's own `architectures`. The head takes as many labels as the adapter saved. Whether a PST adapter fits is
     checked on a model without data, before any weight of the base is read.
 
     Args:
         adapter: folder with `adapter_config.json` and `adapter_model.safetensors`.
         base_model: folder or hub name of the base; by default what the adapter's configuration names.
         dtype: floating dtype of the base's weights; "auto" keeps the one they are stored in.
+        any_method: take adapters of PEFT's other methods too.
 
     Returns:
         The adapted model, its adapter named "default" and active.
 
     Raises:
-        UserError: if the folder holds no PST adapter, the base is not named, missing or of other shapes, or a file
+        UserError: if the folder holds no such adapter, the base is not named, missing or of other shapes, or a file
             is damaged.
     """
     adapter = Path(adapter)
-    config = read_adapter_config(adapter)
+    config = read_adapter_config(adapter, any_method=any_method)
     saved = read_shapes(adapter / SAFETENSORS_WEIGHTS_NAME)
     base_name = _base_name(adapter, config, base_model)
     with said_in_one_line(f"base model {base_name!r} could not be loaded"):
         base_config = AutoConfig.from_pretrained(base_name, revision=config.revision)
         model_class = _model_class(adapter, config, base_config)
         _adopt_num_labels(model_class, base_config, saved)
-    _check_fit(_skeleton(model_class, base_config), adapter, saved, base_name)
+    if isinstance(config, PSTConfig):
+        _check_fit(_skeleton(model_class, base_config), adapter, saved, base_name)
     base = _load_base(model_class, base_config, base_name, dtype, config.revision, saved)
     with said_in_one_line(f"adapter {str(adapter)!r} could not be loaded on {base_name!r}"), quiet_transformers():
         return PeftModel.from_pretrained(base, str(adapter), torch_device="cpu").eval()
@@ -73,8 +79,8 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG_NAME).is_file()
 
 
-def read_adapter_config(adapter: str | Path) -> PSTConfig:
-    """The configuration of a saved PST adapter.
+def read_adapter_config(adapter: str | Path, *, any_method: bool = False) -> Any:
+    """The configuration of a saved adapter: a `PSTConfig`, or that of another method where any will do.
 
     Raises:
         UserError: if the folder is missing, holds no adapter or one of another method, or the file is damaged.
@@ -87,9 +93,9 @@ def read_adapter_config(adapter: str | Path) -> PSTConfig:
     with said_in_one_line(f"{str(adapter / CONFIG_NAME)!r} could not be read"):
         fields = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8"))
         peft_type = fields.get("peft_type") if isinstance(fields, dict) else None
-    if peft_type != PSTPeftType.PST.value:
+    if peft_type != PSTPeftType.PST.value and not any_method:
         raise UserError(f"{str(adapter)!r} holds an adapter of type {peft_type}; this command reads PST adapters only.")
-    with said_in_one_line(f"{str(adapter / CONFIG_NAME)!r} is not a valid PST configuration"):
+    with said_in_one_line(f"{str(adapter / CONFIG_NAME)!r} is not a valid configuration"):
         return PeftConfig.from_pretrained(str(adapter))
 
 
@@ -112,7 +118,7 @@ def _nested(folder: Path) -> str:
     return f"; adapters inside it: {', '.join(found)}" if found else ""
 
 
-def _base_name(adapter: Path, config: PSTConfig, base_model: str | None) -> str:
+def _base_name(adapter: Path, config: PeftConfig, base_model: str | None) -> str:
     name = base_model or config.base_model_name_or_path
     if not name:
         raise UserError(f"adapter {str(adapter)!r} does not name its base model; pass --base_model FOLDER_OR_NAME.")
@@ -134,7 +140,7 @@ def is_missing_folder(name: str) -> bool:
     return is_path and not Path(name).is_dir()
 
 
-def _model_class(adapter: Path, config: PSTConfig, base_config: PretrainedConfig) -> type[PreTrainedModel]:
+def _model_class(adapter: Path, config: PeftConfig, base_config: PretrainedConfig) -> type[PreTrainedModel]:
     """The concrete class of the base model."""
     if config.task_type is not None:
         auto_class = AUTO_CLASSES.get(config.task_type)

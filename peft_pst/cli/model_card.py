@@ -45,13 +45,16 @@ _AUTO_CLASSES = {"SEQ_CLS": "AutoPeftModelForSequenceClassification", "CAUSAL_LM
 _PIPELINES = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
 
 
-def write_model_card(model: PeftModel, folder: Path, labels: Labels | None) -> None:
+def write_model_card(
+    model: PeftModel, folder: Path, labels: Labels | None, further_settings: dict[str, object]
+) -> None:
     """Write README.md into an adapter folder.
 
     Args:
         model: the trained model, for base, sparsity and settings.
         folder: where the adapter was saved; the metrics are read from its `all_results.json`, if there is one.
         labels: what a classifier predicts; None for language modelling.
+        further_settings: beside those of the adapter, by name.
     """
     config = model.active_peft_config
     metadata = ModelCardData(
@@ -69,12 +72,12 @@ def write_model_card(model: PeftModel, folder: Path, labels: Labels | None) -> N
         auto_class=_AUTO_CLASSES[config.task_type],
         folder=folder.resolve().name,
         arguments=f", num_labels={labels.num_labels}" if labels else "",
-        sections="".join(_sections(config, folder, labels)),
+        sections="".join(_sections(config, folder, labels, further_settings)),
     )
     ModelCard(text, ignore_metadata_errors=True).save(folder / "README.md")
 
 
-def _sections(config: PSTConfig, folder: Path, labels: Labels | None) -> list[str]:
+def _sections(config: PSTConfig, folder: Path, labels: Labels | None, further_settings: dict[str, object]) -> list[str]:
     results = folder / "all_results.json"
     sections = []
     if results.is_file():
@@ -83,7 +86,7 @@ def _sections(config: PSTConfig, folder: Path, labels: Labels | None) -> list[st
         noise = ("runtime", "per_second", "samples")
         sections.append(_table("Results", {k: v for k, v in wanted.items() if not k.endswith(noise)}))
     settings = ("target_sparsity", "r", "score_rank", "structured", "init_weights", "total_steps")
-    sections.append(_table("Settings", {name: getattr(config, name) for name in settings}))
+    sections.append(_table("Settings", {name: getattr(config, name) for name in settings} | further_settings))
     if labels and labels.names:
         sections.append(_table("Labels", {str(id_): name for id_, name in labels.id2label.items()}))
     return sections

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..config import PSTConfig
+from ..distillation import check_settings
 from .errors import UserError
 from .glue import GLUE_TASKS
 from .parser import OneLineParser
@@ -125,6 +126,34 @@ class RunOptions:
 
 
 @dataclass
+class DistillationOptions:
+    """A dense model to learn from beside the data."""
+
+    _argument_group_name = "distillation"
+
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "A dense model that was fine-tuned before, to learn from while pruning: its folder or name on the hub, "
+                "or the folder of a PEFT adapter."
+            )
+        },
+    )
+    teacher_weight: float = field(default=0.5, metadata={"help": "The teacher's part of the training loss, in [0, 1]."})
+    temperature: float = field(
+        default=2.0, metadata={"help": "Above 0; higher makes the teacher's smaller probabilities count for more."}
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self.teacher_weight, self.temperature)
+        for name in ("teacher_weight", "temperature"):
+            value = getattr(self, name)
+            if self.teacher is None and value != self.__dataclass_fields__[name].default:
+                raise ValueError(f"{name}={value} needs a teacher; pass --teacher FOLDER_OR_NAME or leave it out.")
+
+
+@dataclass
 class TrainerOptions(TrainingArguments):
     """`TrainingArguments` under a heading of their own in --help."""
 
@@ -140,6 +169,7 @@ class TrainOptions:
     run: RunOptions
     training: TrainingArguments
     pst: PSTConfig
+    distillation: DistillationOptions = field(default_factory=DistillationOptions)
 
     @property
     def output_dir(self) -> Path:
@@ -170,7 +200,7 @@ def parse(argv: Sequence[str]) -> TrainOptions:
     Raises:
         UserError: for an unknown option, or a value that an option does not take.
     """
-    ours: list[Any] = [ModelOptions, DataOptions, RunOptions]
+    ours: list[Any] = [ModelOptions, DataOptions, RunOptions, DistillationOptions]
     parser: Any = _Parser(
         ours,
         prog="peft-pst train",
@@ -188,12 +218,12 @@ def parse(argv: Sequence[str]) -> TrainOptions:
         parsed = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True, look_for_args_file=False)
     except (ImportError, OSError, ValueError) as error:  # what the Trainer's options refuse
         raise UserError(error) from error
-    model, data, run, training, *namespaces, unknown = parsed
+    model, data, run, distillation, training, *namespaces, unknown = parsed
     if unknown:
         parser.refuse(unknown[0])
     check_bounds(training)
     given = {destinations[name]: value for namespace in namespaces for name, value in vars(namespace).items()}
-    return TrainOptions(model, data, run, training, _pst_config(run.preset, given))
+    return TrainOptions(model, data, run, training, _pst_config(run.preset, given), distillation)
 
 
 def _optimizer_name(text: str) -> str:

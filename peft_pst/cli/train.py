@@ -26,10 +26,10 @@ from .job import Job
 from .labels import Labels
 from .language import prepare_language_modelling
 from .metrics import perplexity, predicted
-from .options import TrainOptions, parse
+from .options import DistillationOptions, TrainOptions, parse
 from .replace import check_writable, no_folder_left_on_error
 from .report import REPORT_FOLDER, print_text, write_report
-from .trainer import PSTTrainer
+from .trainer import DistillingPSTTrainer, PSTTrainer
 
 PREDICTIONS_NAME = "test_predictions.tsv"
 
@@ -122,9 +122,13 @@ def _make_trainer(model: PeftModel, job: Job, options: TrainOptions) -> PSTTrain
         options.training.prediction_loss_only = True  # the logits of a vocabulary would fill the memory
     if options.training.device.type == "cpu":
         options.training.dataloader_pin_memory = False  # torch would warn at every evaluation
+    trainer_class: type[PSTTrainer] = PSTTrainer
+    further: dict[str, Any] = {}
+    if job.teacher is not None:
+        trainer_class, further = DistillingPSTTrainer, {"teacher": job.teacher, "distillation": options.distillation}
     try:
         with no_folder_left_on_error(options.output_dir):  # the Trainer makes it at once
-            trainer = PSTTrainer(
+            trainer = trainer_class(
                 run=options.run,
                 labels=job.labels,
                 model=model,
@@ -134,6 +138,7 @@ def _make_trainer(model: PeftModel, job: Job, options: TrainOptions) -> PSTTrain
                 data_collator=job.collator,
                 processing_class=job.base.tokenizer,
                 compute_metrics=job.compute_metrics,
+                **further,
             )
             trainer.check_optimizer()
             return trainer
@@ -150,8 +155,16 @@ def _introduction(model: PeftModel, job: Job, options: TrainOptions) -> list[str
         f"Adapter   {sum(1 for _ in pst_layers(model))} matrices, {trainable:,} parameters train",
         f"Sparsity  from {config.initial_sparsity:g} to {config.target_sparsity:g}"
         + (" (others by sparsity_pattern)" if config.sparsity_pattern else ""),
+        *_teaching(options.distillation),
         "",
     ]
+
+
+def _teaching(options: DistillationOptions) -> list[str]:
+    if options.teacher is None:
+        return []
+    weight, temperature = f"{options.teacher_weight:.4g}", f"{options.temperature:g}"
+    return [f"Teacher   {options.teacher}, {weight} of the loss at temperature {temperature}"]
 
 
 def _remove_old_checkpoints(folder: Path) -> None:

@@ -14,11 +14,12 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..callback import PSTCallback
+from ..distillation import DistillationMixin
 from ..optimizer import create_pst_optimizer
 from .errors import UserError
 from .labels import Labels
 from .model_card import write_model_card
-from .options import RunOptions
+from .options import DistillationOptions, RunOptions
 
 
 class PSTTrainer(Trainer):
@@ -100,7 +101,29 @@ class PSTTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card that says how to load the adapter; the Trainer calls this when it pushes to the hub."""
         if self.is_world_process_zero():
-            write_model_card(self.accelerator.unwrap_model(self.model), Path(str(self.args.output_dir)), self.labels)
+            model, folder = self.accelerator.unwrap_model(self.model), Path(str(self.args.output_dir))
+            write_model_card(model, folder, self.labels, self.further_settings())
+
+    def further_settings(self) -> dict[str, object]:
+        """What the card says of this run's settings beside the adapter's."""
+        return {}
+
+
+class DistillingPSTTrainer(DistillationMixin, PSTTrainer):
+    """A `PSTTrainer` that also learns from a dense model.
+
+    Args:
+        distillation: how much, and the name of the teacher.
+        **kwargs: as for `PSTTrainer`, and the `teacher` itself.
+    """
+
+    def __init__(self, *, distillation: DistillationOptions, **kwargs: Any) -> None:
+        self.distillation = distillation
+        super().__init__(teacher_weight=distillation.teacher_weight, temperature=distillation.temperature, **kwargs)
+
+    def further_settings(self) -> dict[str, object]:
+        """The teacher, its part of the loss, and the temperature."""
+        return vars(self.distillation)
 
 
 def _takes_groups(optimizer_class: Any, kwargs: dict[str, Any]) -> bool:
