@@ -74,10 +74,11 @@ def distillation_loss(
 
 
 class DistillationMixin(_Trainer):
-    """Distillation for any subclass of `Trainer`, such as TRL's `SFTTrainer`.
+    """Distillation for subclasses of `Trainer` whose `compute_loss` returns the logits that its loss was made of.
 
-    Put it first: `class SparseSFTTrainer(DistillationMixin, SFTTrainer): ...`. See `DistillationTrainer` for what it
-    does and for its arguments; all others go to the trainer behind it.
+    Put it first: `class SparseTrainer(DistillationMixin, MyTrainer): ...`. See `DistillationTrainer` for what it does
+    and for its arguments; all others go to the trainer behind it. Where that trainer makes the logits anew without a
+    gradient, as TRL's `SFTTrainer` does, the first step ends in a `ValueError`: nothing would be learned from them.
     """
 
     def __init__(
@@ -123,6 +124,11 @@ class DistillationMixin(_Trainer):
     ) -> Tensor:
         """The teacher's loss, divided and scaled as the Trainer's own."""
         student_logits = _logits(outputs)
+        if not student_logits.requires_grad:
+            raise ValueError(
+                f"{type(self).__name__} computes the model's logits without a gradient, so nothing can be learned from "
+                "the teacher; use DistillationTrainer."
+            )
         teacher_logits = self._ask_teacher(inputs).to(student_logits.device)
         _check_shapes(student_logits, teacher_logits)
         config = getattr(self.accelerator.unwrap_model(model), "config", None)

@@ -373,6 +373,22 @@ def test_mixin_goes_before_any_trainer(tmp_path: Path) -> None:
     torch.testing.assert_close(loss, doubled)
 
 
+def test_trainer_that_makes_the_logits_anew_without_a_gradient(tmp_path: Path) -> None:
+    class Fused(Trainer):
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            loss, _ = super().compute_loss(model, dict(inputs), *args, **kwargs)
+            with torch.no_grad():
+                return loss, model(**inputs)
+
+    class DistilledFused(DistillationMixin, Fused):
+        pass
+
+    trainer = DistilledFused(classifier(0), arguments(tmp_path), teacher=classifier(1))
+    trainer.model.train()
+    with pytest.raises(ValueError, match=r"DistilledFused computes the model's logits without a gradient"):
+        trainer.compute_loss(trainer.model, batch_of(sentences(4, 3)))
+
+
 # What is refused
 
 
