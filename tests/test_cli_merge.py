@@ -315,14 +315,24 @@ def test_damaged_files(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "labels.json is damaged" in refused(capsys, output, copied, output)
 
 
-def test_broken_adapter(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"pst_R": float("inf")}, "pst_R holds a NaN or an infinity"),
+        # Each is finite, and their sum is not.
+        ({"pst_R": 3e38, "pst_C": 3e38}, "The adapter default seems to be broken"),
+    ],
+    ids=["stored", "overflow"],
+)
+def test_broken_adapter(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], values: dict[str, float], problem: str
+) -> None:
     tensors = load_file(copied / "adapter_model.safetensors")
-    bias = next(name for name in tensors if name.endswith("pst_R"))
-    tensors[bias][0] = float("inf")
+    for part, value in values.items():
+        tensors[next(name for name in sorted(tensors) if name.endswith(part))][0] = value
     save_file(tensors, copied / "adapter_model.safetensors")
     output = tmp_path / "merged"
-    message = refused(capsys, output, copied, output, "--safe_merge")
-    assert "The adapter default seems to be broken" in message
+    assert problem in refused(capsys, output, copied, output, "--safe_merge")
 
 
 def test_output_that_must_not_be_replaced(

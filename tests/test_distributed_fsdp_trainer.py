@@ -133,7 +133,6 @@ def test_sharded_training_in_every_way(tmp_path: Path) -> None:
             "ddp": (None, {}, {"save_strategy": "no"}),
             "sharded": (SHARDED, {}, {}),
             "checkpointed": ({**FULL, "activation_checkpointing": True}, {}, {}),
-            "offloaded": ({**FULL, "cpu_offload": True}, {}, {}),
             "held": (FULL, {"mask_interval": 2}, {}),
             "residual": (FULL, {"residual": 4}, {}),
             "autocast": (FULL, {}, {"bf16": True}),
