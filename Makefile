@@ -27,6 +27,8 @@ COST := $(BIN)/python benchmarks/training_cost.py --output benchmarks/results/tr
 benchmark: $(VENV)/test.stamp  ## what a training step costs, on an otherwise idle machine (about twenty minutes)
 	$(COST)
 	$(COST) --precision bf16
+	$(COST) --layers 1 --methods products full ours --no-memory --repeats 7
+	$(COST) --layers 1 --methods products full ours --no-memory --accumulate 8 --repeats 3
 	$(COST) --precision bf16 --scaling --repeats 3
 
 SETTINGS ?= benchmarks/results/settings/minilm-sst2.yaml

@@ -110,7 +110,7 @@ assert pickle.loads((folder / "config.pickle").read_bytes()) == PeftConfig.from_
 with torch.no_grad():
     save_file({name: model.eval()(input_ids=tokens).logits for name, model in models.items()}, folder / "logits")
 print(models["loaded"].get_sparsity())
-for name in ("config", "layer", "model", "_registration"):
+for name in ("config", "layer", "loading", "model", "_registration"):
     importlib.reload(importlib.import_module(f"peft_pst.{name}"))
 importlib.reload(peft_pst)
 again = AutoPeftModelForSequenceClassification.from_pretrained(folder / "adapter")
