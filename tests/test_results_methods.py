@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import tiny_bert, tiny_gpt2
 from torch import Tensor, nn
+from transformers import TrainerControl
 
 from benchmarks.results.methods import METHODS
 from benchmarks.results.methods.masked import (
@@ -61,7 +62,7 @@ def train(prepared: Prepared, labels: Tensor, steps: int = 10) -> None:
         optimizer.zero_grad()
         state.global_step = step + 1
         for callback in prepared.callbacks:
-            callback.on_step_end(None, state, None, model=prepared.model)
+            callback.on_step_end(None, state, TrainerControl(), model=prepared.model)
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str, Tensor]] = {
