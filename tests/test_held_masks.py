@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tiny_models import assert_same_tensors, inputs, layers_of, net, outputs
+from tiny_models import assert_same_tensors, inputs, layers_of, masks, net, outputs, shake
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -26,19 +26,6 @@ OPTIONS = {"target_sparsity": 0.6, "r": 2, "score_rank": 3}
 
 def held_net(interval: int | None, **options: object) -> PeftModel:
     return get_peft_model(net(), PSTConfig(**{**OPTIONS, "mask_interval": interval, **options}))
-
-
-def shake(model: nn.Module, seed: int) -> None:
-    """Stand-in for an optimizer step."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-
-
-def masks(model: nn.Module) -> dict[str, Tensor]:
-    return {name: layer.get_mask("default") for name, layer in layers_of(model).items()}
 
 
 def selected_now(model: nn.Module) -> dict[str, Tensor]:

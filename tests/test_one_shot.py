@@ -12,8 +12,10 @@ from tiny_models import (
     assert_same_tensors,
     inputs,
     layers_of,
+    masks,
     net,
     outputs,
+    shake,
     tiny_bert,
     tiny_gpt2,
 )
@@ -30,18 +32,6 @@ def dense_net(**options: object) -> PeftModel:
     model = get_peft_model(net(), PSTConfig.dsee(**{"r": 2, "residual": 5, **options}))
     shake(model, 0)
     return model
-
-
-def shake(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-
-
-def masks(model: nn.Module) -> dict[str, Tensor]:
-    return {name: layer.get_mask("default") for name, layer in layers_of(model).items()}
 
 
 def written_out(layer: nn.Module) -> tuple[Tensor, Tensor]:

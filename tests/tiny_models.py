@@ -76,13 +76,22 @@ def layers_of(model: nn.Module) -> dict[str, PSTLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PSTLayer)}
 
 
-def train_a_little(model: nn.Module, step: int = 10, seed: int = 0) -> nn.Module:
-    """Stand-in for training: every trainable tensor moves, and the schedule too (step 10 of 10 is the target)."""
+def shake(model: nn.Module, seed: int) -> None:
+    """Stand-in for an optimizer step."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    return {name: layer.get_mask("default") for name, layer in layers_of(model).items()}
+
+
+def train_a_little(model: nn.Module, step: int = 10, seed: int = 0) -> nn.Module:
+    """Stand-in for training: every trainable tensor moves, and the schedule too (step 10 of 10 is the target)."""
+    shake(model, seed)
     update_sparsity(model, step, 10)
     return model
 
