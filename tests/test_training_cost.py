@@ -78,8 +78,8 @@ def test_scaling_is_written_and_drawn(benchmark, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own(benchmark):
-    wide = ["--width", "512", "--intermediate", "2048", "--layers", "1", "--batch", "1", "--tokens", "8"]
+    wide = ["--width", "1024", "--intermediate", "4096", "--layers", "2", "--batch", "1", "--tokens", "8"]
     measured = {method: benchmark.memory_in_fresh_process(method, benchmark.parse(wide)) for method in ("full", "ours")}
-    weights = 4 * (4 * 512 * 512 + 2 * 512 * 2048)
+    weights = 4 * 2 * (4 * 1024 * 1024 + 2 * 1024 * 4096)  # bytes
     assert measured["full"] > 2.5 * weights, "gradients and Adam's two moments, at the least"
     assert measured["ours"] < measured["full"]
