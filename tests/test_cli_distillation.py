@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from test_cli_train import make_trainer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,9 +19,7 @@ from transformers import (
 )
 
 import peft_pst.cli
-from peft_pst.cli.classification import prepare_classification
-from peft_pst.cli.options import DistillationOptions, parse
-from peft_pst.cli.train import _make_trainer, add_adapter
+from peft_pst.cli.options import DistillationOptions
 
 WORDS = {"good": "pos", "great": "pos", "fine": "pos", "bad": "neg", "dull": "neg", "poor": "neg"}
 
@@ -62,14 +61,6 @@ def rename_token(folder: Path, old: str, new: str) -> None:
     text = file.read_text(encoding="utf-8")
     assert f'"{old}"' in text
     file.write_text(text.replace(f'"{old}"', f'"{new}"'), encoding="utf-8")
-
-
-def make_trainer(bert: str, reviews: str, tmp_path: Path, *arguments: str):
-    required = ["--model_name_or_path", bert, "--train_file", reviews, "--output_dir", str(tmp_path / "out")]
-    options = parse([*required, "--use_cpu", "--disable_tqdm", "true", *arguments])
-    options.pst.task_type = "SEQ_CLS"
-    job = prepare_classification(options)
-    return _make_trainer(add_adapter(job.base, options.pst), job, options)
 
 
 def test_run_with_a_plain_teacher(bert: str, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
