@@ -1,4 +1,4 @@
-"""The README is true: its code runs, its table lists the options there are, its commands exist."""
+"""The README and the pages of docs/ are true: their code runs, their options, commands and links exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from peft_pst.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def snippets(page: Path) -> list[tuple[str, str]]:
+    """The ```python blocks of a page, each with where it stands; "```python no-run" says that one is not to run."""
+    text = page.read_text()
+    blocks = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(f"{page.name}:{text.count(chr(10), 0, block.start()) + 1}", block[1]) for block in blocks]
 
 
 def option_table() -> str:
@@ -58,14 +65,30 @@ def surroundings(tmp_path, monkeypatch):
     return Fresh(args=args, train_set=examples, batches=[batch] * 6)
 
 
-def test_every_snippet_runs(surroundings):
-    assert len(CODE) >= 5
-    for snippet in CODE:
-        exec(compile(snippet, "README.md", "exec"), surroundings)
+def run_snippets(page, surroundings):
+    """The snippets of a page, from its top to its end, in one folder and with the names made so far."""
+    for place, snippet in snippets(page):
+        exec(compile(snippet, place, "exec"), surroundings)
+
+
+def test_every_snippet_of_the_readme_runs(surroundings):
+    assert len(snippets(PAGES[0])) >= 5
+    run_snippets(PAGES[0], surroundings)
     pruned = BertForSequenceClassification.from_pretrained("pruned")
     for name, parameter in pruned.named_parameters():
         if name.endswith("query.weight"):
             assert int((parameter == 0).sum()) == int(parameter.numel() * 0.9)
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_every_snippet_of_the_docs_runs(page, surroundings):
+    run_snippets(page, surroundings)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)#\s]+)[^)]*\)", page.read_text()):
+        assert (page.parent / link).exists(), link
 
 
 def test_commands_exist():
