@@ -31,7 +31,6 @@ from transformers import (
 )
 
 from peft_pst import PSTConfig, get_sparsity, prune_heads, prune_once, update_sparsity
-from peft_pst.heads import find_attentions, head_scores
 from peft_pst.masking import num_pruned
 
 HEADS, WIDTH = 4, 16  # heads of four
@@ -242,19 +241,27 @@ def test_other_architectures(kind: str) -> None:
     model = trained(OTHERS[kind]())
     dropped = prune_heads(model, 1)
     assert len(dropped) == (6 if kind == "t5" else 2)  # encoder, decoder and what the decoder reads of the encoder
-    attentions = find_attentions(model, "default")
-    assert {(attention.num_heads, attention.head_width) for attention in attentions} == {(4, 4)}
-    assert all(len({part.layer for part in attention.parts}) == 4 for attention in attentions)
     zeros = sum(layer.get_num_pruned("default") for layer in layers_of(model).values())
     assert zeros == len(dropped) * 4 * (4 * 16)
 
 
-def test_scores_count_every_part_once() -> None:
-    model = trained(gpt2())
-    attention = find_attentions(model, "default")[0]
-    inputs, output, _ = parts(model, "gpt2", 0)
-    whole = update_of(inputs[0][0]).abs().sum() + update_of(output).abs().sum()
-    torch.testing.assert_close(head_scores(attention, "default").sum().float(), whole)
+def test_keys_and_values_are_dropped_with_the_queries_that_read_them() -> None:
+    model = trained(llama(num_key_value_heads=2))
+    dropped = prune_heads(model, 1)
+    for block, heads in enumerate(dropped.values()):
+        attention = model.base_model.model.model.layers[block].self_attn
+        update = {name: update_of(getattr(attention, name)).abs() for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        scores = []
+        for head in (0, 1):
+            queries, keys = slice(8 * head, 8 * head + 8), slice(4 * head, 4 * head + 4)
+            own = (update["q_proj"][queries], update["k_proj"][keys], update["v_proj"][keys])
+            scores.append(sum(part.sum().item() for part in (*own, update["o_proj"][:, queries])))
+        assert heads == [scores.index(min(scores))]
+        masks = {name: torch.ones_like(matrix, dtype=torch.bool) for name, matrix in update.items()}
+        masks["q_proj"][8 * heads[0] : 8 * heads[0] + 8] = masks["o_proj"][:, 8 * heads[0] : 8 * heads[0] + 8] = False
+        masks["k_proj"][4 * heads[0] : 4 * heads[0] + 4] = masks["v_proj"][4 * heads[0] : 4 * heads[0] + 4] = False
+        assert_same_tensors({name: getattr(attention, name).get_mask("default") for name in masks}, masks)
+    assert [*dropped] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
 
 
 # Refusals
@@ -269,12 +276,6 @@ def test_a_count_out_of_range_is_refused(count: int) -> None:
     assert get_sparsity(model) == 0.0
 
 
-def test_grouped_query_attention_is_refused() -> None:
-    message = r"model\.layers\.0\.self_attn has 4 query heads on 2 heads of keys and values \(grouped-query attention\)"
-    with pytest.raises(ValueError, match=message):
-        prune_heads(trained(llama(num_key_value_heads=2)), 1)
-
-
 def test_an_attention_that_is_adapted_in_part_is_refused() -> None:
     model = trained(bert(), target_modules=["query", "value"])
     message = r"\['bert\.encoder\.layer\.0\.attention\.self\.key', '.*output\.dense'\] are not adapted.*target_modules"
@@ -283,9 +284,9 @@ def test_an_attention_that_is_adapted_in_part_is_refused() -> None:
 
 
 def test_a_model_without_attention_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Adapter 'default' is on no attention layer.*PSTLayer\.set_mask"):
+    with pytest.raises(ValueError, match=r"no attention layer whose projections bear names that are known"):
         prune_heads(trained(net()), 1)
-    with pytest.raises(ValueError, match="is on no attention layer"):
+    with pytest.raises(ValueError, match="None of the adapted layers belongs to an attention layer"):
         prune_heads(trained(bert(), target_modules=["intermediate.dense"]), 1)
 
 
