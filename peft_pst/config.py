@@ -58,6 +58,9 @@ class PSTConfig(PeftConfig):
             only (and when the target is reached); None selects only when the schedule asks for more zeros than are in
             force, so that what was pruned once is held while retraining. A mask that is held is part of the adapter's
             state, at one bit per weight.
+        keep_zeros: whether what is zero in the base weight stays zero, for a base that was pruned before. Its zeros
+            are pruned first, whatever they score, and count towards the sparsity, which is never below theirs: with
+            `target_sparsity=0` the base's own mask is held, and a higher target prunes further.
         init_weights: how U and A start. True or "fan_in": N(0, 1 / in_features); "paper": N(0, 1), as published; the
             rest starts at zero, so the model starts unchanged. False: everything random, for tests; with r = 0 such
             an adapter also starts at its target sparsity, or it would change nothing.
@@ -128,6 +131,10 @@ class PSTConfig(PeftConfig):
     mask_interval: int | None = field(
         default=1,
         metadata={"help": "Steps from one selection of the mask to the next; None: only to prune further."},
+    )
+    keep_zeros: bool = field(
+        default=False,
+        metadata={"help": "Whether what is zero in the base weight stays zero, for a base that was pruned before."},
     )
     init_weights: bool | InitWeights = field(
         default=True,
@@ -286,7 +293,7 @@ def _check_kinds(config: PSTConfig) -> None:
             raise ValueError(f"{name}={getattr(config, name)!r} is not a dict; pass {{module name or pattern: value}}.")
         for key in getattr(config, name):
             _check_pattern(f"a key of {name}", key)
-    for name in ("structured", "fan_in_fan_out"):
+    for name in ("structured", "fan_in_fan_out", "keep_zeros"):
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name}={getattr(config, name)!r} is neither True nor False.")
     if config.modules_to_save is not None and not _are_names(config.modules_to_save):

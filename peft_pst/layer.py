@@ -20,7 +20,7 @@ from .config import PSTConfig
 from .fingerprint import fingerprint, identity, optimizer_steps
 from .graph import register_layer, traced_packed_mask
 from .masked_linear import Pruner, effective_weight, masked_linear
-from .masking import check_num_pruned, check_zeros, num_pruned, pack_mask, unpack_mask
+from .masking import check_num_pruned, check_zeros, count_zeros, num_pruned, pack_mask, unpack_mask
 from .residual import check_positions, residual_positions
 from .scoring import Factors, add_update, base_scores, score_dtype
 from .selection import select_adapter_mask
@@ -113,6 +113,7 @@ class PSTLayer(BaseTunerLayer):
         self.in_features, self.out_features = _features(self._base)
         # Plain attributes, not buffers: none of these belongs in a state dict.
         self._dense_weight: Tensor | None = None  # the base weight while an adapter is merged
+        self._zeros: tuple[object, int] | None = None  # which base weight, how many of its entries are zero
         self._counts: dict[str, tuple[object, int]] = {}  # pst_num_pruned on the host: reading a GPU's would stall it
         self._checked_positions: dict[str, object] = {}  # per adapter: the pst_positions that were found in order
         self._masks: dict[str, tuple[object, Tensor]] = {}  # per adapter: what it was selected from, packed mask
@@ -153,7 +154,8 @@ class PSTLayer(BaseTunerLayer):
             self.pst_positions[adapter_name] = self._choose_positions(adapter_name)
         changes_nothing_dense = config.init_weights is False and not plan.r and not plan.residual
         sparsity = plan.target_sparsity if changes_nothing_dense else config.initial_sparsity
-        self.pst_num_pruned[adapter_name] = torch.tensor(num_pruned(out * in_, sparsity), dtype=torch.int64)
+        count = self.num_pruned_at(adapter_name, sparsity)
+        self.pst_num_pruned[adapter_name] = torch.tensor(count, dtype=torch.int64)
         if config.holds_mask:
             self.pst_mask[adapter_name] = pack_mask(torch.ones(out * in_, dtype=torch.bool))
         self._forget(adapter_name)
@@ -217,16 +219,39 @@ class PSTLayer(BaseTunerLayer):
         return self.out_features * self.in_features
 
     def get_num_pruned(self, adapter_name: str) -> int:
-        """The number of zeros now in force, read from the adapter's state."""
+        """The number of zeros now in force, read from the adapter's state; the base's own among them, if they stay."""
         buffer = self.pst_num_pruned[adapter_name]
         known = self._counts.get(adapter_name)
-        if known is not None and known[0] == identity(buffer):
-            return known[1]
-        count = int(buffer)
-        with self.refusing_damage(adapter_name):
-            check_num_pruned(count, self.num_weights)
-        self._counts[adapter_name] = (identity(buffer), count)
-        return count
+        if known is None or known[0] != identity(buffer):
+            known = identity(buffer), int(buffer)
+            with self.refusing_damage(adapter_name):
+                check_num_pruned(known[1], self.num_weights)
+            self._counts[adapter_name] = known
+        if adapter_name in self.pst_mask or is_sharded(self._base.weight) or is_gathered_for_forward(self._base):
+            return known[1]  # of a mask that is state, or of a count that was put in force with all shards at hand
+        # A base that had no data when the count was put in force may have zeros now.
+        return max(known[1], self._zeros_to_keep(adapter_name))
+
+    def num_pruned_at(self, adapter_name: str, sparsity: float) -> int:
+        """How many zeros a sparsity comes to for one adapter: never fewer than the base's own, if they stay.
+
+        Raises:
+            ValueError: if `sparsity` is outside [0, 1), or the whole base weight would stay zero.
+        """
+        return max(num_pruned(self.num_weights, sparsity), self._zeros_to_keep(adapter_name))
+
+    def _zeros_to_keep(self, adapter_name: str) -> int:
+        base = self._base.weight if self._dense_weight is None else self._dense_weight
+        if not self.pst_plans[adapter_name].config.keep_zeros or base.is_meta:
+            return 0
+        if self._zeros is None or self._zeros[0] != identity(base):
+            self._zeros = identity(base), count_zeros(self.get_dense_weight())
+        if self._zeros[1] == self.num_weights:
+            raise ValueError(
+                f"Layer {self.module_name}: keep_zeros=True holds what is zero, but all {self.num_weights} weights of "
+                "the base are; name the layer in exclude_modules."
+            )
+        return self._zeros[1]
 
     @contextmanager
     def refusing_damage(self, adapter_name: str) -> Iterator[None]:
@@ -255,7 +280,7 @@ class PSTLayer(BaseTunerLayer):
             RuntimeError: while the adapter is merged.
         """
         self.check_unmerged(adapter_name)
-        count = num_pruned(self.num_weights, sparsity)
+        count = self.num_pruned_at(adapter_name, sparsity)
         return count, self._select(adapter_name, count) if adapter_name in self.pst_mask else None
 
     def put_in_force(self, adapter_name: str, count: int, held: Tensor | None) -> None:
@@ -267,7 +292,8 @@ class PSTLayer(BaseTunerLayer):
     def set_mask(self, adapter_name: str, keep: Tensor) -> None:
         """Put a mask made elsewhere in force for one adapter, and its number of zeros.
 
-        It stays until the schedule asks for more zeros than it has, or `set_sparsity` is called.
+        It stays until the schedule asks for more zeros than it has, or `set_sparsity` is called. What is zero in the
+        base weight stays so, whatever the mask says, if the configuration has `keep_zeros`.
 
         Args:
             adapter_name: an adapter whose configuration has `mask_interval=None`.
@@ -285,6 +311,8 @@ class PSTLayer(BaseTunerLayer):
                 f"Layer {self.module_name}: the mask is {keep.dtype} of shape {tuple(keep.shape)}; pass a boolean one "
                 f"of shape {shape}, (out, in), True = keep."
             )
+        if self.pst_plans[adapter_name].config.keep_zeros:
+            keep = keep & (self.get_dense_weight() != 0)
         count = self.num_weights - int(keep.sum())
         if count == self.num_weights:
             raise ValueError(f"Layer {self.module_name}: the mask keeps none of {count} weights; keep at least one.")
@@ -436,7 +464,8 @@ class PSTLayer(BaseTunerLayer):
     def _select(self, adapter_name: str, count: int) -> Tensor:
         try:
             with _outside_any_graph(self._base.weight.device):
-                return select_adapter_mask(self._dense(), self.get_factors(adapter_name), count)
+                keep_zeros = self.pst_plans[adapter_name].config.keep_zeros
+                return select_adapter_mask(self._dense(), self.get_factors(adapter_name), count, keep_zeros=keep_zeros)
         except ValueError as error:
             raise ValueError(f"Layer {self.module_name}, adapter {adapter_name!r}: {error}") from error
 
@@ -549,7 +578,7 @@ class PSTLinear(nn.Module, PSTLayer):
     def __getstate__(self) -> dict[str, Any]:
         # What is made from other tensors would bloat a copy or a pickle, and could not be recognised there.
         made = ("_counts", "_checked_positions", "_masks", "_checked_masks")
-        return {**self.__dict__, **{name: {} for name in made}, "_masked_weight": None}
+        return {**self.__dict__, **{name: {} for name in made}, "_masked_weight": None, "_zeros": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called on a copied or unpickled layer, whose handle would still mean the original.

@@ -47,6 +47,17 @@ def num_pruned(numel: int, sparsity: float) -> int:
     return min(count, max(numel - 1, 0))
 
 
+def count_zeros(weight: Tensor) -> int:
+    """Entries that are exactly zero; -0.0 is one of them.
+
+    Example:
+        >>> count_zeros(torch.tensor([0.0, -0.0, 1e-30]))
+        2
+    """
+    weight = weight.float() if weight.element_size() == 1 else weight  # torch counts no 8-bit floats
+    return weight.numel() - int(torch.count_nonzero(weight))
+
+
 def check_num_pruned(count: int, numel: int) -> None:
     """Refuse a stored number of zeros that the matrix cannot have.
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from .layer import LayerPlan, PSTLayer, PSTLinear, ScheduleStatus, supports
 from .loading import check_stored_adapter
-from .masking import num_pruned
 from .schedule import cubic_sparsity
 from .targets import find_block_linears
 
@@ -223,7 +222,7 @@ def update_sparsity(model: nn.Module, step: int, total_steps: int | None = None)
 def _selection_is_due(layer: PSTLayer, adapter_name: str, step: int, sparsity: float) -> bool:
     plan = layer.pst_plans[adapter_name]
     interval = plan.config.mask_interval
-    count, in_force = num_pruned(layer.num_weights, sparsity), layer.get_num_pruned(adapter_name)
+    count, in_force = layer.num_pruned_at(adapter_name, sparsity), layer.get_num_pruned(adapter_name)
     if interval is None:
         # Whatever was pruned before, in an earlier run or at once, is held.
         return count > in_force

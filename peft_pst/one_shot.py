@@ -7,9 +7,10 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from .layer import PSTLayer
-from .masking import num_pruned, select_mask
+from .masking import select_mask
 from .model import active_adapters, get_sparsity
 from .schedule import check_sparsity
+from .scoring import rank_zeros_lowest
 
 Criterion = Literal["scores", "weights", "update"]
 
@@ -52,8 +53,10 @@ def prune_once(model: nn.Module, sparsity: float, *, by: Criterion = "scores") -
     for layer, name in pairs:
         layer.check_holds_mask(name)
     for layer, name in pairs:
-        keep = select_mask(_importance(layer, name, by), num_pruned(layer.num_weights, sparsity))
-        layer.set_mask(name, keep)
+        importance = _importance(layer, name, by)
+        if layer.pst_plans[name].config.keep_zeros:
+            importance = rank_zeros_lowest(importance, layer.get_dense_weight())
+        layer.set_mask(name, select_mask(importance, layer.num_pruned_at(name, sparsity)))
     return get_sparsity(model)
 
 

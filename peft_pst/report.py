@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import checkpoint_files, floating_tensors
 from .layer import PSTLayer
-from .masking import num_pruned
+from .masking import count_zeros, num_pruned
 from .model import pst_layers
 from .sharding import whole
 from .tables import sparsity_table
@@ -300,17 +299,6 @@ def checkpoint_weight(path: str | Path, layer: LayerSparsity) -> Tensor:
         if _layer_name(stored.key) == layer.name:
             return stored.read().T if layer.transposed else stored.read()
     raise KeyError(f"{str(path)!r} holds no layer {layer.name!r}.")
-
-
-def count_zeros(weight: Tensor) -> int:
-    """Entries that are exactly zero; -0.0 is one of them.
-
-    Example:
-        >>> count_zeros(torch.tensor([0.0, -0.0, 1e-30]))
-        2
-    """
-    weight = weight.float() if weight.element_size() == 1 else weight  # torch counts no 8-bit floats
-    return weight.numel() - int(torch.count_nonzero(weight))
 
 
 # Counting

@@ -162,6 +162,24 @@ def importance_scores(weight: Tensor, factors: Factors) -> Tensor:
     return scores
 
 
+def rank_zeros_lowest(scores: Tensor, weight: Tensor) -> Tensor:
+    """Scores by which the zeros of a base weight are pruned before everything else.
+
+    Args:
+        scores: importance of each entry, (out, in), any real scale; higher means kept.
+        weight: base weight W0, of that shape.
+
+    Returns:
+        The scores with minus infinity where the weight is zero, and there alone: elsewhere the lowest is that of the
+        largest finite number. A NaN stays one, except at a zero.
+
+    Example:
+        >>> rank_zeros_lowest(torch.tensor([5.0, 1.0, -2.0]), torch.tensor([0.0, 3.0, -1.0]))
+        tensor([-inf,  1., -2.])
+    """
+    return scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill_(weight == 0, -torch.inf)
+
+
 def base_scores(weight: Tensor, factors: Factors) -> Tensor:
     """Importance of each entry of a base weight: `importance_scores` of its `updated_weight`.
 

@@ -7,17 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from .blocks import CACHE_NUMEL, is_large, row_blocks
-from .masking import NAN_MESSAGE, pack_mask, select_mask, select_packed_mask
-from .scoring import Factors, base_scores
+from .blocks import CACHE_NUMEL, is_large, on_eager_cpu, row_blocks
+from .masking import NAN_MESSAGE, count_zeros, pack_mask, select_mask, select_packed_mask
+from .scoring import Factors, base_scores, rank_zeros_lowest
 
 _SAMPLE = 128  # rows and columns whose scores are looked at first
 _DEVIATIONS = 4.5  # of the sample's cut, to either side
 _MOST_INSIDE = 0.15  # of the scores, each of which costs an index of eight bytes
 
 
-def select_adapter_mask(weight: Tensor, factors: Factors, count: int) -> Tensor:
-    """The mask that an adapter's scores select: `select_packed_mask(base_scores(weight, factors), count)`.
+def select_adapter_mask(weight: Tensor, factors: Factors, count: int, *, keep_zeros: bool = False) -> Tensor:
+    """The mask that an adapter's scores select: `select_packed_mask(selection_scores(weight, factors), count)`.
 
     On the CPU, the scores of a large matrix are made block by block. A sample encloses the cut between two values; what
     lies above them is kept, what lies below is pruned, and only the few between are held and selected from. Where whole
@@ -27,6 +27,8 @@ def select_adapter_mask(weight: Tensor, factors: Factors, count: int) -> Tensor:
         weight: base weight W0, (out, in), any floating dtype.
         factors: the adapter.
         count: number of entries to prune, in [0, weight.numel()].
+        keep_zeros: whether the zeros of the base weight are pruned before everything else; `count` is at least their
+            number then.
 
     Returns:
         uint8, (ceil(out * in / 8),), the mask as `pack_mask` stores it, with exactly `count` zeros.
@@ -39,20 +41,35 @@ def select_adapter_mask(weight: Tensor, factors: Factors, count: int) -> Tensor:
         >>> select_adapter_mask(torch.tensor([[1.0, 2.0], [1.0, 2.0]]), factors, count=2)
         tensor([12], dtype=torch.uint8)
     """
+    if keep_zeros and on_eager_cpu(weight) and count == count_zeros(weight):
+        return pack_mask(weight != 0)  # nothing is left to be ranked; elsewhere, counting would stall the host
     if is_large(weight) and 0 < count < weight.numel():
-        bracket = _bracket(weight, factors, count)
-        packed = None if bracket is None else _select_between(weight, factors, count, *bracket)
+        bracket = _bracket(weight, factors, count, keep_zeros)
+        packed = None if bracket is None else _select_between(weight, factors, count, *bracket, keep_zeros)
         if packed is not None:
             return packed
-    return select_packed_mask(base_scores(weight, factors), count)
+    return select_packed_mask(selection_scores(weight, factors, keep_zeros=keep_zeros), count)
 
 
-def _bracket(weight: Tensor, factors: Factors, count: int) -> tuple[float, float] | None:
+def selection_scores(weight: Tensor, factors: Factors, *, keep_zeros: bool = False) -> Tensor:
+    """What a mask is selected by: `base_scores`, in which zeros that are to be kept rank lowest.
+
+    Example:
+        >>> factors = Factors(R=torch.tensor([3.0]), C=torch.zeros(3))
+        >>> selection_scores(torch.tensor([[0.0, 1.0, -2.0]]), factors, keep_zeros=True)
+        tensor([[-inf, 4., 5.]])
+    """
+    scores = base_scores(weight, factors)
+    return rank_zeros_lowest(scores, weight) if keep_zeros else scores
+
+
+def _bracket(weight: Tensor, factors: Factors, count: int, keep_zeros: bool = False) -> tuple[float, float] | None:
     """Two values between which the cut lies, most likely; None where too much would lie between them to be worth it."""
     # Chosen at random, since neighbours are alike, but always the same, since a selection is reproducible.
     generator = torch.Generator("cpu").manual_seed(0)
     rows, columns = (torch.randperm(size, generator=generator, device="cpu")[:_SAMPLE] for size in weight.shape)
-    sample = base_scores(weight[rows[:, None], columns], factors.at(rows, columns))
+    sampled = weight[rows[:, None], columns]
+    sample = selection_scores(sampled, factors.at(rows, columns), keep_zeros=keep_zeros)
     ranked = sample.flatten().sort().values
     share = count / weight.numel()
     pruned = (sample <= ranked[min(int(share * len(ranked)), len(ranked) - 1)]).double()
@@ -66,12 +83,15 @@ def _bracket(weight: Tensor, factors: Factors, count: int) -> tuple[float, float
     return None if inside > _MOST_INSIDE * len(ranked) else (lowest, highest)
 
 
-def _select_between(weight: Tensor, factors: Factors, count: int, low: float, high: float) -> Tensor | None:
+def _select_between(
+    weight: Tensor, factors: Factors, count: int, low: float, high: float, keep_zeros: bool = False
+) -> Tensor | None:
     """The packed mask, or None if the cut does not lie between `low` and `high`."""
     height, width = weight.shape
     packed, inside, values, lowest, below = [], [], [], [], 0
     for block in row_blocks(0, height, width, CACHE_NUMEL):
-        scores = base_scores(weight[block], factors.rows(block, width)).reshape(-1)
+        rows = factors.rows(block, width)
+        scores = selection_scores(weight[block], rows, keep_zeros=keep_zeros).reshape(-1)
         lowest.append(scores.amin())
         above = scores > high
         positions = ((scores >= low) ^ above).nonzero().squeeze(1)

@@ -191,9 +191,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counter: Counter[str] = Counter()
 
     def count(name: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def counting(*arguments: object) -> Tensor:
+        def counting(*arguments: object, **options: object) -> Tensor:
             counter[name] += 1
-            return original(*arguments)
+            return original(*arguments, **options)
 
         return counting
 

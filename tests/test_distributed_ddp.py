@@ -73,9 +73,9 @@ def count_calls(*names: str) -> Counter[str]:
     for name in names:
         original = getattr(peft_pst.layer, name)
 
-        def counting(*arguments: object, name: str = name, original: Any = original) -> Any:
+        def counting(*arguments: object, name: str = name, original: Any = original, **options: object) -> Any:
             counter[name] += 1
-            return original(*arguments)
+            return original(*arguments, **options)
 
         setattr(peft_pst.layer, name, counting)
     return counter

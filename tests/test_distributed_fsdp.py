@@ -33,6 +33,16 @@ class CheckpointedNet(Net):
         return self.head(x)
 
 
+class HalfZeroNet(Net):
+    """A base that was pruned before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.layers:
+            for linear in (block.up, block.down):
+                linear.weight.data *= linear.weight.abs() > linear.weight.abs().median()
+
+
 class Case:
     """One way to shard a model: what it is made of, and what is sharded on its own besides the whole."""
 
@@ -69,6 +79,8 @@ CASES = {
     "checkpointed": Case(base=CheckpointedNet),
     "held masks": Case(mask_interval=2, initial_sparsity=0.2),
     "residual": Case(residual=5),
+    "kept zeros": Case(base=HalfZeroNet, keep_zeros=True),
+    "kept zeros, held": Case(base=HalfZeroNet, keep_zeros=True, mask_interval=None, target_sparsity=0.5),
     "bf16 base": Case(dtype=torch.bfloat16),
 }
 
