@@ -1,12 +1,12 @@
-"""The masked linear map as one differentiable operation with a hand-written backward.
+"""The masked weight and the masked linear map as differentiable operations with a hand-written backward.
 
-Forward and backward keep the input, one bit per weight and the small factors. Everything else of the layer's size is
-made again when it is needed, by the same functions that merging and reporting use.
+Forward and backward keep one bit per weight, the small factors, and the linear map its input. Everything else of the
+layer's size is made again when it is needed, by the same functions that merging and reporting use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple, cast
 
@@ -113,7 +113,34 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pruners: Seque
     return _MaskedLinear.apply(x, weight, bias, autocast_dtype, scales, *tensors)
 
 
-_FIXED_INPUTS = 5  # x, weight, bias, autocast dtype, scales
+def straight_through_weight(weight: Tensor, pruners: Sequence[Pruner]) -> Tensor:
+    """`effective_weight`, differentiable in every factor of every adapter, with the gradients of `masked_linear`.
+
+    For layers that are no plain linear map, or whose weight is read by the code around them. What uses the weight may
+    keep it until its backward, which `masked_linear` does not; and its gradient is made whole.
+
+    Args:
+        weight: base weight, (out, in), normally frozen; it gets a gradient only when it requires one.
+        pruners: the active adapters, at least one.
+
+    Returns:
+        (out, in), in the dtype of `weight`, with +0.0 at every pruned entry.
+
+    Raises:
+        RuntimeError: when differentiated twice; the straight-through estimator has no second derivative.
+
+    Source: Li et al. 2022 (arXiv 2205.11005); the gradient runs through |W| as in the authors' training.
+
+    Example:
+        >>> from peft_pst.masking import pack_mask
+        >>> R, C = torch.zeros(1, requires_grad=True), torch.zeros(2)
+        >>> pruner = Pruner(Factors(R=R, C=C), pack_mask(torch.tensor([[True, False]])))
+        >>> masked = straight_through_weight(torch.tensor([[2.0, 3.0]]), [pruner])
+        >>> masked.sum().backward(); masked.tolist(), R.grad.item()
+        ([[2.0, 0.0]], 5.0)
+    """
+    scales = tuple(pruner.factors.scales for pruner in pruners)
+    return _StraightThroughWeight.apply(weight, scales, *_flat(pruners))
 
 
 def _flat(pruners: Sequence[Pruner]) -> list[Tensor | None]:
@@ -169,25 +196,43 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Only with create_graph=True. torch's own `once_differentiable` lets a second derivative pass as zero
-            # where the gradient of the output is constant.
-            raise RuntimeError(_NO_SECOND_DERIVATIVE)
-        return _backward(ctx, grad_output)
+        _refuse_second_derivative()
+        return _linear_backward(ctx, grad_output)
 
 
-_NO_SECOND_DERIVATIVE = (
-    "A PST layer cannot be differentiated twice, since its straight-through mask has no second derivative; leave out "
-    "create_graph=True, or disable the adapter where a second derivative is needed."
-)
+class _StraightThroughWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, scales: tuple[tuple[float, float, float], ...], *tensors: Tensor | None
+    ) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            effective = effective_weight(weight, _pruners(tensors, scales))
+        ctx.scales = scales
+        ctx.save_for_backward(weight, *tensors)
+        return effective
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        _refuse_second_derivative()
+        return _weight_backward(ctx, grad_output)
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Only with create_graph=True. torch's own `once_differentiable` lets a second derivative pass as zero where
+        # the gradient of the output is constant.
+        raise RuntimeError(
+            "A PST layer cannot be differentiated twice, since its straight-through mask has no second derivative; "
+            "leave out create_graph=True, or disable the adapter where a second derivative is needed."
+        )
 
 
 @torch.no_grad()
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     x, weight, *tensors = ctx.saved_tensors
     pruners = _pruners(tensors, ctx.scales)
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-    wants_factors = ctx.needs_input_grad[_FIXED_INPUTS:]
+    wants_factors = ctx.needs_input_grad[5:]  # after x, weight, bias, autocast dtype, scales
     grad_x = grad_weight = grad_bias = None
     grad_factors: Sequence[Tensor | None] = [None] * len(tensors)
     with torch.autocast(grad_output.device.type, enabled=False):
@@ -199,22 +244,38 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
             grad_bias = rows.sum(0)
         if wants_weight or any(wants_factors):
             x = x.reshape(-1, weight.shape[1])
-            grad_weight, grad_factors = _parameter_gradients(rows, x, weight, pruners, wants_weight, wants_factors)
+            # In large blocks of rows, so that the product is efficient and G need not exist as a whole.
+            products = ((block, rows[:, block].T @ x) for block in _product_blocks(weight))
+            grad_weight, grad_factors = _parameter_gradients(products, weight, pruners, wants_weight, wants_factors)
     return grad_x, grad_weight, grad_bias, None, None, *grad_factors
 
 
+@torch.no_grad()
+def _weight_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    weight, *tensors = ctx.saved_tensors
+    wants_weight, _, *wants_factors = ctx.needs_input_grad
+    grad_output = grad_output.contiguous()  # a sum hands on one number, expanded
+    blocks = ((block, grad_output[block]) for block in _product_blocks(weight))
+    with torch.autocast(grad_output.device.type, enabled=False):
+        pruners = _pruners(tensors, ctx.scales)
+        grad_weight, grad_factors = _parameter_gradients(blocks, weight, pruners, wants_weight, wants_factors)
+    return grad_weight, None, *grad_factors
+
+
+def _product_blocks(weight: Tensor) -> Iterator[slice]:
+    return row_blocks(0, weight.shape[0], weight.shape[1], _PRODUCT_NUMEL)
+
+
 def _parameter_gradients(
-    rows: Tensor,
-    x: Tensor,
+    dense_gradient: Iterable[tuple[slice, Tensor]],
     weight: Tensor,
     pruners: Sequence[Pruner],
     wants_weight: bool,
     wants_factors: Sequence[bool],
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-    """Gradients of the base weight and of every factor, from dL/dy (tokens, out) and x (tokens, in).
+    """Gradients of the base weight and of every factor, from G = dL/dW_eff, given in blocks of rows.
 
-    The dense gradient G = (dL/dy)' x is made in large blocks of rows, so that the product is efficient and G need not
-    exist as a whole, and reduced in small ones, so that the passes over it stay in the processor's cache.
+    They are reduced in smaller blocks, so that the passes over them stay in the processor's cache.
     """
     dtype = score_dtype(weight.dtype)
     tensors = _flat(pruners)
@@ -224,9 +285,8 @@ def _parameter_gradients(
     ]
     grad_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
     total_factors = [pruner.factors for pruner in _pruners(totals, [pruner.factors.scales for pruner in pruners])]
-    for large in row_blocks(0, weight.shape[0], weight.shape[1], _PRODUCT_NUMEL):
-        grad = rows[:, large].T @ x
-        _add_rows(grad, weight, pruners, large, grad_weight, total_factors)
+    for rows, grad in dense_gradient:
+        _add_rows(grad, weight, pruners, rows, grad_weight, total_factors)
     cast_totals = [
         None if total is None else total.to(cast("Tensor", tensor).dtype)
         for total, tensor in zip(totals, tensors, strict=True)
