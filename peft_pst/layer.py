@@ -1,4 +1,7 @@
-"""The adapted linear layer: owns the tensors, keeps PEFT's contract, and leaves the mathematics to pure functions."""
+"""The state of an adapted matrix: owns the tensors, keeps PEFT's contract, leaves the mathematics to pure functions.
+
+What runs forward, and in which form a kind of base layer stores its matrix, is in `module.py` and `linear.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .config import PSTConfig
 from .fingerprint import fingerprint, identity, optimizer_steps
 from .graph import register_layer, traced_packed_mask
-from .masked_linear import Pruner, effective_weight, masked_linear
+from .masked_linear import Pruner, effective_weight
 from .masking import check_num_pruned, check_zeros, count_zeros, num_pruned, pack_mask, unpack_mask
 from .residual import check_positions, residual_positions
 from .scoring import Factors, add_update, base_scores, score_dtype
@@ -109,8 +110,7 @@ class PSTLayer(BaseTunerLayer):
         self.pst_plans: dict[str, LayerPlan] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._stores_transposed = isinstance(self._base, Conv1D)
-        self.in_features, self.out_features = _features(self._base)
+        self.out_features, self.in_features = self._as_matrix(self._stored).shape
         # Plain attributes, not buffers: none of these belongs in a state dict.
         self._dense_weight: Tensor | None = None  # the base weight while an adapter is merged
         self._zeros: tuple[object, int] | None = None  # which base weight, how many of its entries are zero
@@ -126,6 +126,21 @@ class PSTLayer(BaseTunerLayer):
     def _base(self) -> Any:
         # Typed loosely: for a type checker, every attribute of an `nn.Module` may be a tensor or a module.
         return self.get_base_layer()
+
+    # Where the matrix is stored; kinds of base layers that have it in another place or form override these
+
+    @property
+    def _stored(self) -> Tensor:
+        """The tensor of the base layer that holds the matrix."""
+        return self._base.weight
+
+    def _as_matrix(self, stored: Tensor) -> Tensor:
+        """What the base layer stores, as (out, in)."""
+        return stored
+
+    def _as_stored(self, matrix: Tensor) -> Tensor:
+        """A matrix, (out, in), in the shape and memory layout in which the base layer stores it."""
+        return matrix
 
     # Adapter life
 
@@ -179,13 +194,13 @@ class PSTLayer(BaseTunerLayer):
                 nn.init.zeros_(parameters[adapter_name])
 
     def _choose_positions(self, adapter_name: str) -> Tensor:
-        plan, weight = self.pst_plans[adapter_name], self._base.weight
+        plan, weight = self.pst_plans[adapter_name], self._stored
         to_be_loaded = weight.is_meta or self.pst_S[adapter_name].is_meta or plan.config.inference_mode
         if to_be_loaded:
             # Choosing would be lost work, or impossible.
             return torch.arange(plan.residual, device=weight.device)
         try:
-            with _outside_any_graph(weight.device):
+            with outside_any_graph(weight.device):
                 return residual_positions(self._dense(), plan.residual, plan.config.residual_positions, rank=plan.r)
         except ValueError as error:
             raise ValueError(f"Layer {self.module_name}, adapter {adapter_name!r}: {error}") from error
@@ -227,7 +242,7 @@ class PSTLayer(BaseTunerLayer):
             with self.refusing_damage(adapter_name):
                 check_num_pruned(known[1], self.num_weights)
             self._counts[adapter_name] = known
-        if adapter_name in self.pst_mask or is_sharded(self._base.weight) or is_gathered_for_forward(self._base):
+        if adapter_name in self.pst_mask or is_sharded(self._stored) or is_gathered_for_forward(self._base):
             return known[1]  # of a mask that is state, or of a count that was put in force with all shards at hand
         # A base that had no data when the count was put in force may have zeros now.
         return max(known[1], self._zeros_to_keep(adapter_name))
@@ -241,7 +256,7 @@ class PSTLayer(BaseTunerLayer):
         return max(num_pruned(self.num_weights, sparsity), self._zeros_to_keep(adapter_name))
 
     def _zeros_to_keep(self, adapter_name: str) -> int:
-        base = self._base.weight if self._dense_weight is None else self._dense_weight
+        base = self._stored if self._dense_weight is None else self._dense_weight
         if not self.pst_plans[adapter_name].config.keep_zeros or base.is_meta:
             return 0
         if self._zeros is None or self._zeros[0] != identity(base):
@@ -388,13 +403,13 @@ class PSTLayer(BaseTunerLayer):
     def get_scores(self, adapter_name: str) -> Tensor:
         """Importance of each weight, (out, in), from the dense base weight, also while merged."""
         factors = self.get_factors(adapter_name)
-        with _outside_any_graph(self._base.weight.device):
+        with outside_any_graph(self._stored.device):
             return base_scores(self._dense(), factors)
 
     def get_update(self, adapter_name: str) -> Tensor:
         """What one adapter adds to the base weight before masking, beta U V + S, (out, in), in score precision."""
         weight = self._dense()
-        with _outside_any_graph(weight.device):
+        with outside_any_graph(weight.device):
             zeros = torch.zeros(weight.shape, dtype=score_dtype(weight.dtype), device=weight.device)
             return add_update(zeros, self.get_factors(adapter_name))
 
@@ -405,17 +420,17 @@ class PSTLayer(BaseTunerLayer):
     def get_masked_weight(self, adapter_names: Sequence[str] | None = None) -> Tensor:
         """The weight that these adapters (by default the active ones) put in force, (out, in), in the base's dtype."""
         names = self._present(self.active_adapters if adapter_names is None else adapter_names)
-        with _outside_any_graph(self._base.weight.device):
+        with outside_any_graph(self._stored.device):
             weight = effective_weight(self._dense(), self._pruners(names)) if names else self._dense()
             # Laid out as the base layer stores it, so that this weight, once merged, gives the same sums bit for bit.
-            return weight.T.contiguous().T if self._stores_transposed else weight
+            return self._as_matrix(self._as_stored(weight))
 
     def get_dense_weight(self) -> Tensor:
         """The base weight without any adapter, (out, in), also while merged."""
         return self._dense().detach()
 
     def _dense(self) -> Tensor:
-        base = self._base.weight
+        base = self._stored
         if base.is_meta:
             raise RuntimeError(
                 f"Layer {self.module_name}: the base weight has no data (meta device), so it cannot be pruned. Bases "
@@ -428,7 +443,7 @@ class PSTLayer(BaseTunerLayer):
                 f"Layer {self.module_name}: DeepSpeed ZeRO-3 and FSDP1 shard the base weight in ways that PST cannot "
                 "gather; use FSDP2 or ZeRO-2 instead."
             )
-        return weight.T if self._stores_transposed else weight
+        return self._as_matrix(weight)
 
     def _present(self, adapter_names: Sequence[str]) -> list[str]:
         return [name for name in adapter_names if name in self.pst_plans]
@@ -444,7 +459,7 @@ class PSTLayer(BaseTunerLayer):
         tensors = self._origin(adapter_name, factors)
         if compiling:
             return traced_packed_mask([tensor.detach() for tensor in tensors], self._handle, adapter_name)
-        if is_sharded(self._base.weight):
+        if is_sharded(self._stored):
             # Outside a forward: what was gathered for this selection is gone after it, and has no identity to compare.
             return self._select(adapter_name, self.get_num_pruned(adapter_name))
         origin = self._mask_origin(tensors)
@@ -463,7 +478,7 @@ class PSTLayer(BaseTunerLayer):
 
     def _select(self, adapter_name: str, count: int) -> Tensor:
         try:
-            with _outside_any_graph(self._base.weight.device):
+            with outside_any_graph(self._stored.device):
                 keep_zeros = self.pst_plans[adapter_name].config.keep_zeros
                 return select_adapter_mask(self._dense(), self.get_factors(adapter_name), count, keep_zeros=keep_zeros)
         except ValueError as error:
@@ -492,7 +507,7 @@ class PSTLayer(BaseTunerLayer):
 
     def _origin(self, adapter_name: str, factors: Factors) -> list[Tensor]:
         """The tensors that an adapter's masked weight depends on, the base weight first."""
-        base = self._base.weight if self._dense_weight is None else self._dense_weight
+        base = self._stored if self._dense_weight is None else self._dense_weight
         mask = [self.pst_mask[adapter_name]] if adapter_name in self.pst_mask else []
         parts = [tensor for tensor in (*factors.tensors, factors.positions) if tensor is not None]
         return [base, *parts, self.pst_num_pruned[adapter_name], *mask]
@@ -519,16 +534,15 @@ class PSTLayer(BaseTunerLayer):
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(_broken_message(names[-1]))
         self._check_zeros(merged, merged_names)
-        base = self._base
         if self._dense_weight is None:
             # On the CPU, so that merging does not double the memory of the accelerator.
-            self._dense_weight = copy_of(base.weight)
-        replace_values(base.weight, merged.T if self._stores_transposed else merged)
+            self._dense_weight = copy_of(self._stored)
+        replace_values(self._stored, self._as_stored(merged))
         self.merged_adapters = merged_names
         self._masked_weight = None
 
     def _check_writable(self) -> None:
-        if is_gathered_for_forward(self._base) and not is_sharded(self._base.weight):
+        if is_gathered_for_forward(self._base) and not is_sharded(self._stored):
             raise RuntimeError(
                 f"Layer {self.module_name}: the base weight is a copy that FSDP gathered for a forward, so merging and "
                 "unmerging would be lost; call reshard() on the modules given to fully_shard() first."
@@ -555,96 +569,15 @@ class PSTLayer(BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self._check_writable()
-        base = self._base
         # The model may have been moved or cast meanwhile.
-        replace_values(base.weight, self._dense_weight.to(base.weight.device, base.weight.dtype))
+        replace_values(self._stored, self._dense_weight.to(self._stored.device, self._stored.dtype))
         self._dense_weight = None
         self.merged_adapters = []
         self._masked_weight = None
 
 
-class PSTLinear(nn.Module, PSTLayer):
-    """PST on an `nn.Linear` or a transformers `Conv1D`."""
-
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: PSTConfig, status: ScheduleStatus, module_name: str
-    ) -> None:
-        super().__init__()
-        PSTLayer.__init__(self, base_layer, module_name)
-        self.register_load_state_dict_post_hook(_forget_what_was_made)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, status)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What is made from other tensors would bloat a copy or a pickle, and could not be recognised there.
-        made = ("_counts", "_checked_positions", "_masks", "_checked_masks")
-        return {**self.__dict__, **{name: {} for name in made}, "_masked_weight": None, "_zeros": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Called on a copied or unpickled layer, whose handle would still mean the original.
-        super().__setstate__(state)
-        self._handle = register_layer(self)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        names = self._present(self.active_adapters)
-        if self.disable_adapters or self.merged or not names:
-            return self.base_layer(x, *args, **kwargs)
-        self._warn_about_hooks()
-        if not self.training and not torch.compiler.is_compiling():
-            self._warn_if_never_pruned(names, "Evaluating")
-        bias = self._base.bias
-        if torch.is_grad_enabled() and self._trains(names):
-            return masked_linear(x, self._dense(), bias, self._pruners(names))
-        return F.linear(x, self._inference_weight(names), bias)
-
-    def _trains(self, adapter_names: Sequence[str]) -> bool:
-        parameters = (getattr(self, part).get(name) for name in adapter_names for part in self.adapter_layer_names)
-        return self._base.weight.requires_grad or any(p is not None and p.requires_grad for p in parameters)
-
-    def _inference_weight(self, adapter_names: list[str]) -> Tensor:
-        if torch.compiler.is_compiling():
-            return effective_weight(self._dense(), self._pruners(adapter_names))
-        if self.training or is_gathered_for_forward(self._base):
-            # A forward without gradient in mid-training (the first pass of a checkpointed block, a reference model), or
-            # a base that is sharded: keeping a dense copy for the next one would cost the memory of the whole model.
-            return self.get_masked_weight(adapter_names)
-        tensors = (t for name in adapter_names for t in self._origin(name, self.get_factors(name)))
-        origin = (tuple(adapter_names), fingerprint(tensors))
-        if self._masked_weight is None or self._masked_weight[0] != origin:
-            self._masked_weight = (origin, self.get_masked_weight(adapter_names))
-        return self._masked_weight[1]
-
-    def train(self, mode: bool = True) -> PSTLinear:
-        if mode:
-            self._masked_weight = None
-        return super().train(mode)
-
-    def _warn_about_hooks(self) -> None:
-        base = self._base
-        if self._warned_about_hooks or not (
-            base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        ):
-            return
-        self._warned_about_hooks = True
-        warnings.warn(
-            f"Hooks on the base layer of {self.module_name} do not run: the adapter multiplies by the masked weight "
-            "itself. Register them on the adapted layer instead.",
-            stacklevel=2,
-        )
-
-    def __repr__(self) -> str:
-        return "pst." + super().__repr__()
-
-
-def _forget_what_was_made(layer: nn.Module, incompatible_keys: object) -> None:
-    assert isinstance(layer, PSTLayer)
-    layer.forget_all()  # the shards of a sharded parameter are written behind the backs of its gathered copies
-
-
 @contextmanager
-def _outside_any_graph(device: torch.device) -> Iterator[None]:
+def outside_any_graph(device: torch.device) -> Iterator[None]:
     """No gradient; full precision also within autocast; tensors fit for a later graph also within inference mode."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
@@ -652,25 +585,3 @@ def _outside_any_graph(device: torch.device) -> Iterator[None]:
 
 def _broken_message(adapter_name: str) -> str:
     return f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
-
-
-def _features(base: Any) -> tuple[int, int]:
-    if isinstance(base, Conv1D):
-        return base.weight.shape[0], base.weight.shape[1]
-    return base.in_features, base.out_features
-
-
-def is_linear(module: nn.Module, parent: nn.Module) -> bool:
-    """Whether a module is a linear map of its own, and not a store of weights that its parent reads past any adapter.
-
-    The latter are the output projection of `nn.MultiheadAttention`, which has a class of its own, and the linears of
-    `nn.TransformerEncoderLayer`, which it does not call in evaluation.
-    """
-    projection = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    stored = projection or isinstance(parent, nn.TransformerEncoderLayer)
-    return isinstance(module, (nn.Linear, Conv1D)) and not stored
-
-
-def supports(base: Any, parent: nn.Module) -> bool:
-    """Whether a layer can be adapted: a linear map whose weight is stored as real numbers, not quantised."""
-    return is_linear(base, parent) and base.weight.dtype.is_floating_point

@@ -12,7 +12,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
-from .layer import LayerPlan, PSTLayer, PSTLinear, ScheduleStatus, supports
+from .layer import LayerPlan, PSTLayer, ScheduleStatus
+from .linear import PSTLinear, supports
 from .loading import check_stored_adapter
 from .schedule import cubic_sparsity
 from .targets import find_block_linears

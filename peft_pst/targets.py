@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .layer import is_linear
+from .linear import is_linear
 
 
 def find_block_linears(model: nn.Module) -> list[str]:

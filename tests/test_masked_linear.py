@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peft_pst
 from peft_pst import PSTConfig
-from peft_pst.layer import PSTLinear
+from peft_pst.linear import PSTLinear
 from peft_pst.masked_linear import Pruner, masked_linear
 from peft_pst.masking import num_pruned, pack_mask
 from peft_pst.scoring import Factors

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.pytorch_utils import Conv1D
 
 from peft_pst import cubic_sparsity, num_pruned
-from peft_pst.layer import is_linear
+from peft_pst.linear import is_linear
 from peft_pst.masking import select_mask
 from peft_pst.schedule import COOLDOWN_RATIO, WARMUP_RATIO
 from peft_pst.targets import find_block_linears

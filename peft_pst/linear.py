@@ -1,0 +1,63 @@
+"""PST on linear maps: `nn.Linear`, and transformers' `Conv1D`, which stores its matrix transposed."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .masked_linear import masked_linear
+from .module import PSTModule
+
+
+class PSTLinear(PSTModule):
+    """PST on an `nn.Linear` or a transformers `Conv1D`."""
+
+    def _as_matrix(self, stored: Tensor) -> Tensor:
+        return stored.T if isinstance(self._base, Conv1D) else stored
+
+    def _as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.T.contiguous() if isinstance(self._base, Conv1D) else matrix
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = self._names_in_force()
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        self._warn_about_hooks()
+        bias = self._base.bias
+        if torch.is_grad_enabled() and self._trains(names):
+            return masked_linear(x, self._dense(), bias, self._pruners(names))
+        return F.linear(x, self._inference_weight(names), bias)
+
+    def _warn_about_hooks(self) -> None:
+        base = self._base
+        if self._warned_about_hooks or not (
+            base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        ):
+            return
+        self._warned_about_hooks = True
+        warnings.warn(
+            f"Hooks on the base layer of {self.module_name} do not run: the adapter multiplies by the masked weight "
+            "itself. Register them on the adapted layer instead.",
+            stacklevel=2,
+        )
+
+
+def is_linear(module: nn.Module, parent: nn.Module) -> bool:
+    """Whether a module is a linear map of its own, and not a store of weights that its parent reads past any adapter.
+
+    The latter are the output projection of `nn.MultiheadAttention`, which has a class of its own, and the linears of
+    `nn.TransformerEncoderLayer`, which it does not call in evaluation.
+    """
+    projection = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    stored = projection or isinstance(parent, nn.TransformerEncoderLayer)
+    return isinstance(module, (nn.Linear, Conv1D)) and not stored
+
+
+def supports(base: Any, parent: nn.Module) -> bool:
+    """Whether a layer can be adapted: a linear map whose weight is stored as real numbers, not quantised."""
+    return is_linear(base, parent) and base.weight.dtype.is_floating_point
