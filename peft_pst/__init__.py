@@ -7,10 +7,11 @@ from .config import PSTConfig
 from .distillation import DistillationMixin, DistillationTrainer, distillation_loss
 from .heads import prune_heads
 from .layer import PSTLayer
-from .masking import num_pruned, topk_mask
+from .masking import num_pruned
 from .model import PSTModel, get_sparsity, update_sparsity
 from .one_shot import prune_once
 from .optimizer import create_pst_optimizer, parameter_groups
+from .patterns import topk_mask
 from .report import SparsityReport, report_checkpoint, report_model
 from .resuming import last_whole_checkpoint
 from .schedule import cubic_sparsity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -23,7 +24,7 @@ def is_large(matrix: Tensor) -> bool:
     return on_eager_cpu(matrix) and matrix.numel() > LARGE_NUMEL
 
 
-def row_blocks(start: int, stop: int, width: int, numel: int) -> Iterator[slice]:
+def row_blocks(start: int, stop: int, width: int, numel: int, together: int = 1) -> Iterator[slice]:
     """Blocks of about `numel` entries, each starting at a multiple of 8 rows, hence at a whole byte of a packed mask.
 
     Args:
@@ -31,10 +32,12 @@ def row_blocks(start: int, stop: int, width: int, numel: int) -> Iterator[slice]
         stop: one past the last row.
         width: entries of a row.
         numel: entries of a block, more or less; a block has at least 8 rows, where there are so many.
+        together: rows that stay in one block, counted from `start`.
 
     Example:
         >>> list(row_blocks(0, 20, width=100, numel=1000))
         [slice(0, 8, None), slice(8, 16, None), slice(16, 20, None)]
     """
-    height = max(8, numel // width // 8 * 8)
+    least = math.lcm(8, together)
+    height = max(least, numel // width // least * least)
     return (slice(row, min(row + height, stop)) for row in range(start, stop, height))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from peft.config import PeftConfig
 
+from .patterns import Coupled, NofM, parse_pattern
 from .schedule import COOLDOWN_RATIO, WARMUP_RATIO, check_sparsity
 
 
@@ -27,6 +28,8 @@ FORMAT_VERSION = 1
 
 InitWeights = Literal["fan_in", "paper"]
 ResidualPositions = Literal["grebsmo", "magnitude", "random"]
+Scope = Literal["matrix", "global"]
+DEFAULT_SPARSITY = 0.9
 
 
 @dataclass
@@ -38,8 +41,20 @@ class PSTConfig(PeftConfig):
 
     Args:
         target_sparsity: fraction of zeros in each adapted matrix at the end, in [0, 1); 0.9 keeps one weight in ten.
+            None, the default, means 0.9, and 1 - n / m where `pattern` is "n:m", which has no other.
         initial_sparsity: fraction of zeros from the moment the adapter exists until the ramp starts, in
             [0, target_sparsity].
+        pattern: what is pruned together. "unstructured": single entries; "n:m", such as "2:4": n of every m neighbours
+            along the input stay; "bxc", such as "4x4": blocks of b rows and c columns; "rows", "columns": whole ones;
+            "heads", "neurons", "heads+neurons": attention heads and feed-forward neurons, which are rows of some
+            matrices together with columns of another. Groups are ranked by their mean score. With the last three,
+            matrices that belong to no such group stay dense.
+        scope: "matrix": each matrix has the target sparsity; "global": all have it together. Matrices are made
+            comparable by dividing their scores by the root mean square of their base weights. Matrices that
+            `sparsity_pattern` names keep a target of their own.
+        min_kept: with scope="global", the fraction of each matrix that stays whatever its scores, in (0, 1).
+        parts: into how many matrices, one below the other, a module's weight is divided for the ranking, by module,
+            {name or regular expression: number}; {"c_attn": 3} ranks GPT-2's queries, keys and values apart.
         r: rank of the weight update U V; 0 trains importance alone.
         score_rank: rank of the low-rank importance A B; 0 leaves it out.
         structured: whether to learn one importance per row (R) and per column (C).
@@ -96,10 +111,31 @@ class PSTConfig(PeftConfig):
     """
 
     target_sparsity: float = field(
-        default=0.9, metadata={"help": "Fraction of zeros in each adapted matrix at the end, in [0, 1)."}
+        default=None,  # type: ignore[assignment]  # a number once the configuration is made
+        metadata={"help": "Fraction of zeros in each adapted matrix at the end, in [0, 1); None: 0.9, or 1 - n/m."},
     )
     initial_sparsity: float = field(
         default=0.0, metadata={"help": "Fraction of zeros until the ramp starts, in [0, target_sparsity]."}
+    )
+    pattern: str = field(
+        default="unstructured",
+        metadata={
+            "help": (
+                'What is pruned together: "unstructured", "n:m" ("2:4"), "bxc" (blocks, "4x4"), "rows", "columns", '
+                '"heads", "neurons" or "heads+neurons".'
+            )
+        },
+    )
+    scope: Scope = field(
+        default="matrix",
+        metadata={"help": 'Whether each "matrix" has the target sparsity, or all have it together ("global").'},
+    )
+    min_kept: float = field(
+        default=0.01, metadata={"help": "Fraction of each matrix that stays in any case, with the global scope."}
+    )
+    parts: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Matrices that a fused one is made of, by module name or regular expression; ranked apart."},
     )
     r: int = field(default=8, metadata={"help": "Rank of the weight update U V; 0 trains importance alone."})
     score_rank: int = field(default=8, metadata={"help": "Rank of the low-rank importance A B; 0 leaves it out."})
@@ -187,8 +223,8 @@ class PSTConfig(PeftConfig):
 
     @property
     def holds_mask(self) -> bool:
-        """Whether the mask in force is state of its own rather than a function of the current scores."""
-        return self.mask_interval != 1
+        """Whether the mask in force is state of its own rather than a function of the layer's current scores."""
+        return self.mask_interval != 1 or isinstance(parse_pattern(self.pattern), Coupled)
 
     @classmethod
     def paper(cls, **overrides: Any) -> PSTConfig:
@@ -199,7 +235,9 @@ class PSTConfig(PeftConfig):
             'paper'
         """
         setting: dict[str, Any] = {
-            "target_sparsity": 0.9,
+            "target_sparsity": DEFAULT_SPARSITY,
+            "pattern": "unstructured",
+            "scope": "matrix",
             "initial_sparsity": 0.0,
             "r": 8,
             "score_rank": 8,
@@ -259,7 +297,11 @@ class PSTConfig(PeftConfig):
         _check_format(self)
         _check_kinds(self)
         _check_choices(self)
+        if self.target_sparsity is None:
+            pattern = parse_pattern(self.pattern)
+            self.target_sparsity = pattern.most if isinstance(pattern, NofM) else DEFAULT_SPARSITY
         _check_sparsities(self)
+        _check_pattern_and_scope(self)
         _check_ranks_and_scales(self)
         _check_schedule(self)
         _check_layer_selection(self)
@@ -286,7 +328,7 @@ def _check_count(name: str, value: object, what: str) -> None:
 
 
 def _check_kinds(config: PSTConfig) -> None:
-    for name in ("sparsity_pattern", "rank_pattern", "residual_pattern", "score_rank_pattern"):
+    for name in ("sparsity_pattern", "parts", "rank_pattern", "residual_pattern", "score_rank_pattern"):
         if getattr(config, name) is None:
             setattr(config, name, {})
         if not isinstance(getattr(config, name), dict):
@@ -335,6 +377,43 @@ def _check_sparsities(config: PSTConfig) -> None:
                 f"initial_sparsity={config.initial_sparsity} is above {name}={target}; a schedule only prunes further. "
                 "Lower the initial or raise the target sparsity."
             )
+
+
+def _check_pattern_and_scope(config: PSTConfig) -> None:
+    for key, value in config.parts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"parts[{key!r}]={value!r} is not a number of matrices; pass an integer of at least 1.")
+    if not _is_number(config.min_kept) or not 0 < config.min_kept < 1:
+        raise ValueError(f"min_kept={config.min_kept!r} is outside (0, 1); 0.01 keeps one weight in a hundred.")
+    pattern, is_global = parse_pattern(config.pattern), config.scope == "global"
+    if is_global and config.min_kept > 1 - config.target_sparsity + 1e-9:
+        raise ValueError(
+            f"min_kept={config.min_kept} of each matrix is more than target_sparsity={config.target_sparsity} leaves; "
+            "lower one of the two."
+        )
+    if isinstance(pattern, Coupled) and config.keep_zeros:
+        raise ValueError(
+            f"keep_zeros=True cannot be combined with pattern={config.pattern!r}, which prunes whole groups over "
+            "several matrices; leave one of the two out."
+        )
+    if isinstance(pattern, NofM):
+        _check_n_of_m(config, pattern, is_global)
+
+
+def _check_n_of_m(config: PSTConfig, pattern: NofM, is_global: bool) -> None:
+    targets = {"target_sparsity": config.target_sparsity}
+    targets |= {f"sparsity_pattern[{key!r}]": value for key, value in config.sparsity_pattern.items()}
+    for name, target in targets.items():
+        if target and abs(target - pattern.most) > 1e-6:
+            raise ValueError(
+                f"{name}={target} is not the {pattern.most:g} that pattern={pattern.name!r} comes to; leave it out, or "
+                "set it to 0 where nothing is to be pruned."
+            )
+    if is_global:
+        raise ValueError(
+            f"pattern={pattern.name!r} gives every matrix the same sparsity, so scope='global' has nothing to share "
+            "out; leave the scope at 'matrix'."
+        )
 
 
 def _check_ranks_and_scales(config: PSTConfig) -> None:
@@ -410,6 +489,9 @@ def _check_choices(config: PSTConfig) -> None:
         raise ValueError(
             f'residual_positions={config.residual_positions!r} is none of "grebsmo", "magnitude" and "random".'
         )
+    parse_pattern(config.pattern)
+    if config.scope not in typing.get_args(Scope):
+        raise ValueError(f'scope={config.scope!r} is neither "matrix" nor "global".')
     if config.bias not in ("none", "all", "pst_only"):
         raise ValueError(f'bias={config.bias!r} is none of "none", "all" and "pst_only".')
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -21,10 +21,11 @@ from .config import PSTConfig
 from .fingerprint import fingerprint, identity, optimizer_steps
 from .graph import register_layer, traced_packed_mask
 from .masked_linear import Pruner, effective_weight
-from .masking import check_num_pruned, check_zeros, count_zeros, num_pruned, pack_mask, unpack_mask
+from .masking import check_num_pruned, check_zeros, count_zeros, pack_mask, unpack_mask
+from .patterns import Coupled, Pattern, Size, parse_pattern
 from .residual import check_positions, residual_positions
 from .scoring import Factors, add_update, base_scores, score_dtype
-from .selection import select_adapter_mask
+from .selection import group_scores, select_adapter_mask
 from .sharding import copy_of, is_gathered_for_forward, is_sharded, replace_values, whole
 
 
@@ -37,25 +38,57 @@ class ScheduleStatus:
     length_from_trainer: bool = False  # total_steps was filled in by the callback, so the next run may fill it anew
 
 
+class Change(NamedTuple):
+    """A sparsity as it is put in force.
+
+    Attributes:
+        counts: zeros of each part.
+        mask: as `pack_mask` stores it; None where masks are not held but follow the scores.
+    """
+
+    counts: tuple[int, ...]
+    mask: Tensor | None
+
+
+Criterion = Literal["scores", "weights", "update"]
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """What an adapter's configuration comes to for one layer, its patterns resolved."""
 
     config: PSTConfig
     status: ScheduleStatus
+    shape: Size  # of each part
+    pattern: Pattern
+    size: Size  # of the blocks to whose mean a score is reduced
+    num_parts: int
     target_sparsity: float
+    shares_target: bool  # whether the target is one that several matrices reach together
     r: int
     residual: int
     score_rank: int
 
     @classmethod
-    def of(cls, config: PSTConfig, status: ScheduleStatus, module_name: str) -> LayerPlan:
+    def of(
+        cls, config: PSTConfig, status: ScheduleStatus, module_name: str, shape: Size, num_parts: int = 1
+    ) -> LayerPlan:
+        """The plan for a matrix (out, in) that is made of so many parts if the configuration says nothing else."""
+
         def resolve(pattern: dict[str, Any], default: Any) -> Any:
             return pattern.get(get_pattern_key(list(pattern), module_name), default)
 
+        num_parts = resolve(config.parts, num_parts)
+        part, pattern = (shape[0] // num_parts, shape[1]), parse_pattern(config.pattern)
+        own_target = get_pattern_key(list(config.sparsity_pattern), module_name) in config.sparsity_pattern
         plan = cls(
             config,
             status,
+            shape=part,
+            pattern=pattern,
+            size=pattern.size(part),
+            num_parts=num_parts,
+            shares_target=config.scope == "global" and not own_target,
             target_sparsity=resolve(config.sparsity_pattern, config.target_sparsity),
             r=resolve(config.rank_pattern, config.r),
             residual=resolve(config.residual_pattern, config.residual),
@@ -66,7 +99,33 @@ class LayerPlan:
                 f"Layer {module_name}: the patterns leave r=0, residual=0 and score_rank=0, and structured=False, so "
                 "nothing would train; switch a part on or exclude the layer."
             )
+        try:
+            if shape[0] % num_parts:
+                raise ValueError(f"{shape[0]} rows are not made of {num_parts} equal parts; mend `parts`.")
+            pattern.check_fits(part)
+        except ValueError as error:
+            raise ValueError(f"Layer {module_name}: {error}") from error
         return plan
+
+    @property
+    def num_weights(self) -> int:
+        """Number of entries of all parts."""
+        return self.num_parts * self.shape[0] * self.shape[1]
+
+    def counts_at(self, sparsity: float) -> tuple[int, ...]:
+        """How many entries of each part are zero at a sparsity."""
+        return (self.pattern.num_pruned(self.shape, sparsity),) * self.num_parts
+
+    def check_counts(self, counts: Sequence[int]) -> None:
+        """Refuse stored numbers of zeros that the parts cannot have.
+
+        Raises:
+            ValueError: if there are too many of them, or they are no number of whole groups.
+        """
+        for count in counts:
+            check_num_pruned(count, self.shape[0] * self.shape[1])
+            if not self.config.holds_mask:  # a mask made elsewhere follows no pattern
+                self.pattern.check_count(count, self.shape)
 
 
 class PSTLayer(BaseTunerLayer):
@@ -74,7 +133,8 @@ class PSTLayer(BaseTunerLayer):
 
     Matrices are oriented (out_features, in_features), whatever the base layer stores. For each adapter the layer
     holds `pst_U` (out, r), `pst_V` (r, in), `pst_A` (out, score_rank), `pst_B` (score_rank, in), `pst_R` (out,),
-    `pst_C` (in,) and `pst_num_pruned`, an int64 scalar: the number of zeros now in force. The count is part of the
+    `pst_C` (in,) and `pst_num_pruned`, int64: the number of zeros now in force, a scalar, or of a matrix that is ranked
+    in parts one number for each, (parts,). It is part of the
     adapter's state dict, so an adapter saved in mid-schedule loads at the sparsity it was saved at. Where the
     configuration holds masks from step to step, `pst_mask`, uint8 (ceil(out * in / 8),), is the mask now in force and
     part of the state dict too; elsewhere the mask follows from the scores and is kept nowhere. A sparse residual is
@@ -95,6 +155,7 @@ class PSTLayer(BaseTunerLayer):
     adapter_layer_names = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C", "pst_S")
     other_param_names = ("pst_num_pruned", "pst_mask", "pst_positions", "pst_plans")
 
+    num_parts = 1  # matrices that a layer of this class is made of, if the configuration says nothing else
     base_layer: nn.Module
     training: bool
     pst_S: nn.ParameterDict  # noqa: N815  # the formula's letter
@@ -113,8 +174,9 @@ class PSTLayer(BaseTunerLayer):
         self.out_features, self.in_features = self._as_matrix(self._stored).shape
         # Plain attributes, not buffers: none of these belongs in a state dict.
         self._dense_weight: Tensor | None = None  # the base weight while an adapter is merged
-        self._zeros: tuple[object, int] | None = None  # which base weight, how many of its entries are zero
-        self._counts: dict[str, tuple[object, int]] = {}  # pst_num_pruned on the host: reading a GPU's would stall it
+        self._zeros: tuple[object, tuple[int, ...]] | None = None  # which base weight in how many parts, its zeros
+        # pst_num_pruned on the host, since reading a GPU's would stall it.
+        self._counts: dict[str, tuple[object, tuple[int, ...]]] = {}
         self._checked_positions: dict[str, object] = {}  # per adapter: the pst_positions that were found in order
         self._masks: dict[str, tuple[object, Tensor]] = {}  # per adapter: what it was selected from, packed mask
         self._checked_masks: dict[str, object] = {}  # per adapter: the held mask whose zeros were counted
@@ -146,7 +208,7 @@ class PSTLayer(BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: PSTConfig, status: ScheduleStatus) -> None:
         """Add an adapter, or start an existing one afresh."""
-        plan = LayerPlan.of(config, status, self.module_name)
+        plan = LayerPlan.of(config, status, self.module_name, (self.out_features, self.in_features), self.num_parts)
         for name in (*self.adapter_layer_names, "pst_mask", "pst_positions"):
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]  # the new configuration may have no such part
@@ -169,16 +231,18 @@ class PSTLayer(BaseTunerLayer):
             self.pst_positions[adapter_name] = self._choose_positions(adapter_name)
         changes_nothing_dense = config.init_weights is False and not plan.r and not plan.residual
         sparsity = plan.target_sparsity if changes_nothing_dense else config.initial_sparsity
-        count = self.num_pruned_at(adapter_name, sparsity)
-        self.pst_num_pruned[adapter_name] = torch.tensor(count, dtype=torch.int64)
+        # Coupled matrices are pruned once all of them are there.
+        coupled = isinstance(plan.pattern, Coupled)
+        counts = (0,) * plan.num_parts if coupled else self.counts_at(adapter_name, sparsity)
+        self.pst_num_pruned[adapter_name] = _count_buffer(counts)
         if config.holds_mask:
             self.pst_mask[adapter_name] = pack_mask(torch.ones(out * in_, dtype=torch.bool))
         self._forget(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         made = not any(tensor.is_meta for tensor in self._origin(adapter_name, self.get_factors(adapter_name)))
-        if config.holds_mask and made:
-            self._hold(adapter_name, self._select(adapter_name, self.get_num_pruned(adapter_name)))
+        if config.holds_mask and made and self.get_num_pruned(adapter_name):
+            self._hold(adapter_name, self._select(adapter_name, self.get_counts(adapter_name)))
 
     @torch.no_grad()
     def _reset_parameters(self, adapter_name: str, config: PSTConfig) -> None:
@@ -235,38 +299,61 @@ class PSTLayer(BaseTunerLayer):
 
     def get_num_pruned(self, adapter_name: str) -> int:
         """The number of zeros now in force, read from the adapter's state; the base's own among them, if they stay."""
+        return sum(self.get_counts(adapter_name))
+
+    def get_counts(self, adapter_name: str) -> tuple[int, ...]:
+        """The same for each part of the matrix."""
         buffer = self.pst_num_pruned[adapter_name]
         known = self._counts.get(adapter_name)
         if known is None or known[0] != identity(buffer):
-            known = identity(buffer), int(buffer)
+            counts = tuple(buffer.reshape(-1).tolist())
             with self.refusing_damage(adapter_name):
-                check_num_pruned(known[1], self.num_weights)
-            self._counts[adapter_name] = known
+                self.pst_plans[adapter_name].check_counts(counts)
+            known = self._counts[adapter_name] = (identity(buffer), counts)
         if adapter_name in self.pst_mask or is_sharded(self._stored) or is_gathered_for_forward(self._base):
             return known[1]  # of a mask that is state, or of a count that was put in force with all shards at hand
         # A base that had no data when the count was put in force may have zeros now.
-        return max(known[1], self._zeros_to_keep(adapter_name))
+        return self.with_kept_zeros(adapter_name, known[1])
 
-    def num_pruned_at(self, adapter_name: str, sparsity: float) -> int:
-        """How many zeros a sparsity comes to for one adapter: never fewer than the base's own, if they stay.
+    def counts_at(self, adapter_name: str, sparsity: float) -> tuple[int, ...]:
+        """How many zeros a sparsity comes to in each part: never fewer than the base's own, if they stay.
 
         Raises:
-            ValueError: if `sparsity` is outside [0, 1), or the whole base weight would stay zero.
+            ValueError: if `sparsity` is outside [0, 1), the pattern does not allow it, or a whole base weight would
+                stay zero.
         """
-        return max(num_pruned(self.num_weights, sparsity), self._zeros_to_keep(adapter_name))
+        try:
+            counts = self.pst_plans[adapter_name].counts_at(sparsity)
+        except ValueError as error:
+            raise ValueError(f"Layer {self.module_name}, adapter {adapter_name!r}: {error}") from error
+        return self.with_kept_zeros(adapter_name, counts)
 
-    def _zeros_to_keep(self, adapter_name: str) -> int:
+    def with_kept_zeros(self, adapter_name: str, counts: tuple[int, ...]) -> tuple[int, ...]:
+        """Numbers of zeros, raised to those of the base's own where these stay."""
+        plan = self.pst_plans[adapter_name]
         base = self._stored if self._dense_weight is None else self._dense_weight
-        if not self.pst_plans[adapter_name].config.keep_zeros or base.is_meta:
-            return 0
-        if self._zeros is None or self._zeros[0] != identity(base):
-            self._zeros = identity(base), count_zeros(self.get_dense_weight())
-        if self._zeros[1] == self.num_weights:
+        if not plan.config.keep_zeros or base.is_meta:
+            return counts
+        origin = identity(base), plan.num_parts
+        if self._zeros is None or self._zeros[0] != origin:
+            self._zeros = origin, self._count_base_zeros(plan)
+        return tuple(max(pair) for pair in zip(counts, self._zeros[1], strict=True))
+
+    def _count_base_zeros(self, plan: LayerPlan) -> tuple[int, ...]:
+        parts = self.get_dense_weight().split(plan.shape[0])
+        counts = tuple(count_zeros(part) for part in parts)
+        if max(counts) == parts[0].numel():
+            what = "weights" if len(parts) == 1 else "weights of a part"
             raise ValueError(
-                f"Layer {self.module_name}: keep_zeros=True holds what is zero, but all {self.num_weights} weights of "
-                "the base are; name the layer in exclude_modules."
+                f"Layer {self.module_name}: keep_zeros=True holds what is zero, but all {max(counts)} {what} of the "
+                "base are; name the layer in exclude_modules."
             )
-        return self._zeros[1]
+        for part in parts:
+            try:
+                plan.pattern.check_zeros(part == 0)
+            except ValueError as error:
+                raise ValueError(f"Layer {self.module_name}: {error}") from error
+        return counts
 
     @contextmanager
     def refusing_damage(self, adapter_name: str) -> Iterator[None]:
@@ -285,24 +372,28 @@ class PSTLayer(BaseTunerLayer):
         Raises:
             RuntimeError: while the adapter is merged.
         """
-        self.put_in_force(adapter_name, *self.prepare_sparsity(adapter_name, sparsity))
+        self.put_in_force(adapter_name, self.prepare_sparsity(adapter_name, sparsity))
 
-    def prepare_sparsity(self, adapter_name: str, sparsity: float) -> tuple[int, Tensor | None]:
-        """What a sparsity comes to: the number of zeros, and the packed mask if masks are held. Changes nothing.
+    def prepare_sparsity(self, adapter_name: str, sparsity: float, by: Criterion = "scores") -> Change:
+        """What a sparsity comes to. Changes nothing.
 
         Raises:
-            ValueError: if the scores cannot be ranked.
-            RuntimeError: while the adapter is merged.
+            ValueError: if the scores cannot be ranked, or the pattern allows no such sparsity.
+            RuntimeError: while the adapter is merged, or if the pattern couples the matrix with others.
         """
         self.check_unmerged(adapter_name)
-        count = self.num_pruned_at(adapter_name, sparsity)
-        return count, self._select(adapter_name, count) if adapter_name in self.pst_mask else None
+        return self.prepare_counts(adapter_name, self.counts_at(adapter_name, sparsity), by)
 
-    def put_in_force(self, adapter_name: str, count: int, held: Tensor | None) -> None:
+    def prepare_counts(self, adapter_name: str, counts: tuple[int, ...], by: Criterion = "scores") -> Change:
+        """The same for given numbers of zeros, which the pattern allows."""
+        self.check_unmerged(adapter_name)
+        return Change(counts, self._select(adapter_name, counts, by) if adapter_name in self.pst_mask else None)
+
+    def put_in_force(self, adapter_name: str, change: Change) -> None:
         """Put in force what `prepare_sparsity` returned."""
-        self._set_num_pruned(adapter_name, count)
-        if held is not None:
-            self._hold(adapter_name, held)
+        self._set_counts(adapter_name, change.counts)
+        if change.mask is not None:
+            self._hold(adapter_name, change.mask)
 
     def set_mask(self, adapter_name: str, keep: Tensor) -> None:
         """Put a mask made elsewhere in force for one adapter, and its number of zeros.
@@ -328,16 +419,23 @@ class PSTLayer(BaseTunerLayer):
             )
         if self.pst_plans[adapter_name].config.keep_zeros:
             keep = keep & (self.get_dense_weight() != 0)
-        count = self.num_weights - int(keep.sum())
-        if count == self.num_weights:
-            raise ValueError(f"Layer {self.module_name}: the mask keeps none of {count} weights; keep at least one.")
-        self._set_num_pruned(adapter_name, count)
+        parts = keep.reshape(self.pst_plans[adapter_name].num_parts, -1)
+        counts = tuple((~parts).sum(1).tolist())
+        if max(counts) == parts.shape[1]:
+            what = "weights" if len(parts) == 1 else "weights of a part"
+            raise ValueError(
+                f"Layer {self.module_name}: the mask keeps none of {max(counts)} {what}; keep at least one."
+            )
+        self._set_counts(adapter_name, counts)
         self._hold(adapter_name, pack_mask(keep))
 
-    def _set_num_pruned(self, adapter_name: str, count: int) -> None:
+    def _set_counts(self, adapter_name: str, counts: tuple[int, ...]) -> None:
         buffer = self.pst_num_pruned[adapter_name]
-        buffer.fill_(count)
-        self._counts[adapter_name] = (identity(buffer), count)
+        if len(set(counts)) == 1:
+            buffer.fill_(counts[0])  # without a copy from the host, for which a GPU would be waited for
+        else:
+            buffer.copy_(_count_buffer(counts))
+        self._counts[adapter_name] = (identity(buffer), counts)
         self._forget(adapter_name)
 
     def check_holds_mask(self, adapter_name: str) -> None:
@@ -406,6 +504,25 @@ class PSTLayer(BaseTunerLayer):
         with outside_any_graph(self._stored.device):
             return base_scores(self._dense(), factors)
 
+    def get_group_scores(self, adapter_name: str, rows: slice, by: Criterion = "scores") -> Iterator[Tensor]:
+        """Mean score of each group of the adapter's pattern within some rows, whole groups of them; piece by piece."""
+        plan = self.pst_plans[adapter_name]
+        with outside_any_graph(self._stored.device):
+            matrix, factors = self._ranked(adapter_name, by)
+            own = factors.rows(rows, self.in_features)
+            yield from group_scores(matrix[rows], own, plan.size, keep_zeros=plan.config.keep_zeros)
+
+    def _ranked(self, adapter_name: str, by: Criterion) -> tuple[Tensor, Factors]:
+        """A matrix and factors whose `base_scores` are what a criterion ranks by; zero where the base is to stay so."""
+        if by != "update":
+            return self._dense(), self.get_factors(adapter_name) if by == "scores" else Factors()
+        # Without factors, the scores of a matrix are its magnitudes.
+        update = self.get_update(adapter_name)
+        if self.pst_plans[adapter_name].config.keep_zeros:
+            # The base's zeros are known by being zero, so nothing else may be.
+            update = update.abs().clamp_(min=torch.finfo(update.dtype).tiny).masked_fill_(self._dense() == 0, 0)
+        return update, Factors()
+
     def get_update(self, adapter_name: str) -> Tensor:
         """What one adapter adds to the base weight before masking, beta U V + S, (out, in), in score precision."""
         weight = self._dense()
@@ -461,11 +578,11 @@ class PSTLayer(BaseTunerLayer):
             return traced_packed_mask([tensor.detach() for tensor in tensors], self._handle, adapter_name)
         if is_sharded(self._stored):
             # Outside a forward: what was gathered for this selection is gone after it, and has no identity to compare.
-            return self._select(adapter_name, self.get_num_pruned(adapter_name))
+            return self._select(adapter_name, self.get_counts(adapter_name))
         origin = self._mask_origin(tensors)
         cached = self._masks.get(adapter_name)
         if cached is None or cached[0] != origin:
-            cached = (origin, self._select(adapter_name, self.get_num_pruned(adapter_name)))
+            cached = (origin, self._select(adapter_name, self.get_counts(adapter_name)))
             self._masks[adapter_name] = cached
         return cached[1]
 
@@ -476,11 +593,11 @@ class PSTLayer(BaseTunerLayer):
         # training, an optimizer is taken to be the only writer; elsewhere, nothing is taken for granted.
         return optimizer_steps() if self.training else object()
 
-    def _select(self, adapter_name: str, count: int) -> Tensor:
+    def _select(self, adapter_name: str, counts: tuple[int, ...], by: Criterion = "scores") -> Tensor:
         try:
             with outside_any_graph(self._stored.device):
-                keep_zeros = self.pst_plans[adapter_name].config.keep_zeros
-                return select_adapter_mask(self._dense(), self.get_factors(adapter_name), count, keep_zeros=keep_zeros)
+                ranked, plan = self._ranked(adapter_name, by), self.pst_plans[adapter_name]
+                return select_adapter_mask(*ranked, counts, plan.pattern, keep_zeros=plan.config.keep_zeros)
         except ValueError as error:
             raise ValueError(f"Layer {self.module_name}, adapter {adapter_name!r}: {error}") from error
 
@@ -503,7 +620,7 @@ class PSTLayer(BaseTunerLayer):
 
     def _pruners(self, adapter_names: Sequence[str]) -> list[Pruner]:
         pairs = [(name, self.get_factors(name)) for name in adapter_names]
-        return [Pruner(factors, self._packed_mask(name, factors)) for name, factors in pairs]
+        return [Pruner(factors, self._packed_mask(name, factors), self.pst_plans[name].size) for name, factors in pairs]
 
     def _origin(self, adapter_name: str, factors: Factors) -> list[Tensor]:
         """The tensors that an adapter's masked weight depends on, the base weight first."""
@@ -581,6 +698,10 @@ def outside_any_graph(device: torch.device) -> Iterator[None]:
     """No gradient; full precision also within autocast; tensors fit for a later graph also within inference mode."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
+
+
+def _count_buffer(counts: Sequence[int]) -> Tensor:
+    return torch.tensor(counts[0] if len(counts) == 1 else counts, dtype=torch.int64)
 
 
 def _broken_message(adapter_name: str) -> str:

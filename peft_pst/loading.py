@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer import PSTLayer
-from .masking import check_num_pruned, check_zeros
+from .masking import check_zeros
 from .residual import check_positions
 from .sharding import is_sharded
 
@@ -77,10 +77,10 @@ def _check_layer(layer: PSTLayer, adapter_name: str, stored: Mapping[str, Tensor
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{part} holds a NaN or an infinity.")
     if "pst_num_pruned" in present:
-        count = int(present["pst_num_pruned"])
-        check_num_pruned(count, layer.num_weights)
+        counts = present["pst_num_pruned"].reshape(-1).tolist()
+        layer.pst_plans[adapter_name].check_counts(counts)
         if "pst_mask" in present:
-            check_zeros(present["pst_mask"], count, layer.num_weights)
+            check_zeros(present["pst_mask"], sum(counts), layer.num_weights)
     if "pst_positions" in present:
         check_positions(present["pst_positions"], layer.num_weights)
 

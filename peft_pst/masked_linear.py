@@ -6,6 +6,7 @@ layer's size is made again when it is needed, by the same functions that merging
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple, cast
@@ -17,14 +18,29 @@ from torch import Tensor
 from . import kernels
 from .blocks import CACHE_NUMEL, is_large, on_eager_cpu, row_blocks
 from .masking import masked_weight
+from .patterns import Size, reduce_to_blocks
 from .scoring import Factors, add_update, locate, score_dtype
+
+Settings = tuple[float, float, float, Size]  # beta, alpha1, alpha2, and the size of a block
 
 
 class Pruner(NamedTuple):
-    """One active adapter of a layer: its factors and the mask they selected, packed to one bit per weight."""
+    """One active adapter of a layer.
+
+    Attributes:
+        factors: what trains.
+        mask: what its scores selected, packed to one bit per weight.
+        size: rows and columns of the blocks to whose mean the scores were reduced before.
+    """
 
     factors: Factors
     mask: Tensor
+    size: Size = (1, 1)
+
+    @property
+    def settings(self) -> Settings:
+        """What is no tensor."""
+        return *self.factors.scales, self.size
 
 
 def effective_weight(weight: Tensor, pruners: Sequence[Pruner], dtype: torch.dtype | None = None) -> Tensor:
@@ -52,7 +68,7 @@ def effective_weight(weight: Tensor, pruners: Sequence[Pruner], dtype: torch.dty
     if _has_kernels(weight, pruners) and dtype in kernels.SUPPORTED:
         from .kernels import weights  # imports Triton
 
-        return weights.effective_weight(weight, *pruners[0], dtype)
+        return weights.effective_weight(weight, pruners[0].factors, pruners[0].mask, dtype)
     if not is_large(weight):
         return _effective_rows(weight, pruners).to(dtype)
     effective = torch.empty(weight.shape, dtype=dtype, device=weight.device)
@@ -80,7 +96,8 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pruners: Seque
         dA = alpha1 dS B'             dB = alpha1 A' dS
         dR = alpha2 dS 1              dC = alpha2 dS' 1
 
-    and the gradient of a sparse residual's values is dW at their positions.
+    and the gradient of a sparse residual's values is dW at their positions. Where scores are reduced to the mean of
+    their block before the selection, so is dS.
 
     With several, each mask's gradient is that of a product: dS_i = G * W * prod_{j != i} M_j.
 
@@ -106,11 +123,11 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pruners: Seque
         >>> y.backward(); y.item(), R.grad.item()
         (2.0, 5.0)
     """
-    scales = tuple(pruner.factors.scales for pruner in pruners)
+    settings = tuple(pruner.settings for pruner in pruners)
     tensors = _flat(pruners)
     device_type = x.device.type
     autocast_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    return _MaskedLinear.apply(x, weight, bias, autocast_dtype, scales, *tensors)
+    return _MaskedLinear.apply(x, weight, bias, autocast_dtype, settings, *tensors)
 
 
 def straight_through_weight(weight: Tensor, pruners: Sequence[Pruner]) -> Tensor:
@@ -139,8 +156,8 @@ def straight_through_weight(weight: Tensor, pruners: Sequence[Pruner]) -> Tensor
         >>> masked.sum().backward(); masked.tolist(), R.grad.item()
         ([[2.0, 0.0]], 5.0)
     """
-    scales = tuple(pruner.factors.scales for pruner in pruners)
-    return _StraightThroughWeight.apply(weight, scales, *_flat(pruners))
+    settings = tuple(pruner.settings for pruner in pruners)
+    return _StraightThroughWeight.apply(weight, settings, *_flat(pruners))
 
 
 def _flat(pruners: Sequence[Pruner]) -> list[Tensor | None]:
@@ -148,13 +165,13 @@ def _flat(pruners: Sequence[Pruner]) -> list[Tensor | None]:
     return [tensor for pruner in pruners for tensor in (pruner.mask, pruner.factors.positions, *pruner.factors.tensors)]
 
 
-def _pruners(tensors: Sequence[Any], scales: Sequence[tuple[float, float, float]]) -> list[Pruner]:
+def _pruners(tensors: Sequence[Any], settings: Sequence[Settings]) -> list[Pruner]:
     """The inverse of `_flat`."""
-    width = len(tensors) // len(scales)
+    width = len(tensors) // len(settings)
     rows = [tensors[i : i + width] for i in range(0, len(tensors), width)]
     return [
-        Pruner(Factors._make((*trained, positions, *scale)), mask)
-        for (mask, positions, *trained), scale in zip(rows, scales, strict=True)
+        Pruner(Factors._make((*trained, positions, *scales)), mask, size)
+        for (mask, positions, *trained), (*scales, size) in zip(rows, settings, strict=True)
     ]
 
 
@@ -178,18 +195,18 @@ class _MaskedLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         autocast_dtype: torch.dtype | None,
-        scales: tuple[tuple[float, float, float], ...],
+        settings: tuple[Settings, ...],
         *tensors: Tensor | None,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             ctx.input_dtype = x.dtype
             dtype = None if x.dtype == torch.float64 else autocast_dtype
-            effective = effective_weight(weight, _pruners(tensors, scales), dtype)
+            effective = effective_weight(weight, _pruners(tensors, settings), dtype)
             if dtype is not None:
                 x = x.to(dtype)
                 bias = bias if bias is None else bias.to(dtype)
             output = F.linear(x, effective, bias)
-        ctx.scales = scales
+        ctx.settings = settings
         # No layer-sized tensor but the frozen base weight, which lives anyway, and the packed masks.
         ctx.save_for_backward(x, weight, *tensors)
         return output
@@ -202,12 +219,10 @@ class _MaskedLinear(torch.autograd.Function):
 
 class _StraightThroughWeight(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, scales: tuple[tuple[float, float, float], ...], *tensors: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, settings: tuple[Settings, ...], *tensors: Tensor | None) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
-            effective = effective_weight(weight, _pruners(tensors, scales))
-        ctx.scales = scales
+            effective = effective_weight(weight, _pruners(tensors, settings))
+        ctx.settings = settings
         ctx.save_for_backward(weight, *tensors)
         return effective
 
@@ -230,9 +245,9 @@ def _refuse_second_derivative() -> None:
 @torch.no_grad()
 def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     x, weight, *tensors = ctx.saved_tensors
-    pruners = _pruners(tensors, ctx.scales)
+    pruners = _pruners(tensors, ctx.settings)
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-    wants_factors = ctx.needs_input_grad[5:]  # after x, weight, bias, autocast dtype, scales
+    wants_factors = ctx.needs_input_grad[5:]  # after x, weight, bias, autocast dtype, settings
     grad_x = grad_weight = grad_bias = None
     grad_factors: Sequence[Tensor | None] = [None] * len(tensors)
     with torch.autocast(grad_output.device.type, enabled=False):
@@ -245,7 +260,7 @@ def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         if wants_weight or any(wants_factors):
             x = x.reshape(-1, weight.shape[1])
             # In large blocks of rows, so that the product is efficient and G need not exist as a whole.
-            products = ((block, rows[:, block].T @ x) for block in _product_blocks(weight))
+            products = ((block, rows[:, block].T @ x) for block in _product_blocks(weight, pruners))
             grad_weight, grad_factors = _parameter_gradients(products, weight, pruners, wants_weight, wants_factors)
     return grad_x, grad_weight, grad_bias, None, None, *grad_factors
 
@@ -255,15 +270,20 @@ def _weight_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     weight, *tensors = ctx.saved_tensors
     wants_weight, _, *wants_factors = ctx.needs_input_grad
     grad_output = grad_output.contiguous()  # a sum hands on one number, expanded
-    blocks = ((block, grad_output[block]) for block in _product_blocks(weight))
+    pruners = _pruners(tensors, ctx.settings)
+    blocks = ((block, grad_output[block]) for block in _product_blocks(weight, pruners))
     with torch.autocast(grad_output.device.type, enabled=False):
-        pruners = _pruners(tensors, ctx.scales)
         grad_weight, grad_factors = _parameter_gradients(blocks, weight, pruners, wants_weight, wants_factors)
     return grad_weight, None, *grad_factors
 
 
-def _product_blocks(weight: Tensor) -> Iterator[slice]:
-    return row_blocks(0, weight.shape[0], weight.shape[1], _PRODUCT_NUMEL)
+def _product_blocks(weight: Tensor, pruners: Sequence[Pruner]) -> Iterator[slice]:
+    return row_blocks(0, weight.shape[0], weight.shape[1], _PRODUCT_NUMEL, _together(pruners))
+
+
+def _together(pruners: Sequence[Pruner]) -> int:
+    """Rows whose scores were reduced to one, and whose gradients therefore are."""
+    return math.lcm(*(pruner.size[0] for pruner in pruners))
 
 
 def _parameter_gradients(
@@ -284,7 +304,7 @@ def _parameter_gradients(
         for tensor, want in zip(tensors, wants_factors, strict=True)
     ]
     grad_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
-    total_factors = [pruner.factors for pruner in _pruners(totals, [pruner.factors.scales for pruner in pruners])]
+    total_factors = [pruner.factors for pruner in _pruners(totals, [pruner.settings for pruner in pruners])]
     for rows, grad in dense_gradient:
         _add_rows(grad, weight, pruners, rows, grad_weight, total_factors)
     cast_totals = [
@@ -304,14 +324,16 @@ def _add_rows(
 ) -> None:
     """Add what G = `grad`, (rows, in), contributes to all gradients; `weight` and `pruners` are of all rows."""
     width = weight.shape[1]
-    if total_weight is None and _has_kernels(weight, pruners) and grad.dtype in kernels.SUPPORTED:
+    entrywise = all(pruner.size == (1, 1) for pruner in pruners)
+    if total_weight is None and entrywise and _has_kernels(weight, pruners) and grad.dtype in kernels.SUPPORTED:
         from .kernels import gradients  # imports Triton
 
         if gradients.supports(pruners[0].factors):
-            own, total = _rows(pruners[0], rows, width), _rows(Pruner(totals[0], pruners[0].mask), rows, width)
-            gradients.add_gradients(grad, weight[rows], *own, total.factors)
+            own, total = _rows(pruners[0], rows, width), totals[0].rows(rows, width)
+            gradients.add_gradients(grad, weight[rows], own.factors, own.mask, total)
             return
-    for block in row_blocks(rows.start, rows.stop, width, CACHE_NUMEL if on_eager_cpu(weight) else _PRODUCT_NUMEL):
+    numel = CACHE_NUMEL if on_eager_cpu(weight) else _PRODUCT_NUMEL
+    for block in row_blocks(rows.start, rows.stop, width, numel, _together(pruners)):
         part = grad[block.start - rows.start : block.stop - rows.start].to(score_dtype(weight.dtype))
         selected = [_rows(pruner, block, width) for pruner in pruners]
         _add_block(part, weight[block], selected, block, None if total_weight is None else total_weight[block], totals)
@@ -323,7 +345,7 @@ _PRODUCT_NUMEL = 1 << 24  # bounds a block of G at 64 MiB in float32
 def _rows(pruner: Pruner, block: slice, width: int) -> Pruner:
     """The part of an adapter that concerns some rows of the matrix."""
     mask = pruner.mask[block.start * width // 8 : (block.stop * width + 7) // 8]
-    return Pruner(pruner.factors.rows(block, width), mask)
+    return pruner._replace(factors=pruner.factors.rows(block, width), mask=mask)
 
 
 def _add_block(
@@ -344,6 +366,7 @@ def _add_block(
     for i, (pruner, total) in enumerate(zip(pruners, totals, strict=True)):
         others = masks[:i] + masks[i + 1 :]
         grad_scores = masked_weight(grad_mask, _intersection(others)) if others else grad_mask
+        grad_scores = reduce_to_blocks(grad_scores, pruner.size)
         own = add_update(weight.to(updated.dtype), pruner.factors) if others else updated
         sign = own.sign()
         if total_weight is not None:

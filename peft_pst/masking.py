@@ -185,32 +185,6 @@ def _select_on_device(flat: Tensor, count: int) -> Tensor:
     return mask | (ties & (position > position[-1] - (kept - mask.sum())))
 
 
-def topk_mask(scores: Tensor, sparsity: float) -> Tensor:
-    """Keep the highest-scoring entries of one weight matrix.
-
-    Args:
-        scores: importance of each weight, (out_features, in_features), any real scale; higher is kept.
-        sparsity: fraction of entries to zero, in [0, 1); 0.9 keeps one weight in ten.
-
-    Returns:
-        Mask of the shape and device of `scores`, True = keep. Exactly `num_pruned(scores.numel(), sparsity)` entries
-        are False, also when scores tie: the earlier of two equal entries in row-major order is pruned.
-
-    Raises:
-        ValueError: if `sparsity` is outside [0, 1), or `scores` holds a NaN.
-
-    Source: Li et al. 2022 (arXiv 2205.11005), eq. for M; the authors sort fully and leave ties open.
-
-    Example:
-        >>> topk_mask(torch.tensor([[0.1, 3.0], [2.0, -1.0]]), sparsity=0.5)
-        tensor([[False,  True],
-                [ True, False]])
-    """
-    if torch.isnan(scores).any():
-        raise ValueError(NAN_MESSAGE)
-    return select_mask(scores, num_pruned(scores.numel(), sparsity))
-
-
 # One multiplication gathers the low bits of eight bytes in the top byte, another spreads a byte over eight.
 _GATHER = 0x0102040810204080
 _SPREAD = 0x0101010101010101

@@ -17,6 +17,7 @@ from .linear import PSTLinear, supports
 from .loading import check_stored_adapter
 from .schedule import cubic_sparsity
 from .targets import find_block_linears
+from .units import Unit, units
 
 
 class PSTModel(BaseTuner):
@@ -106,6 +107,9 @@ class PSTModel(BaseTuner):
         self._status = ScheduleStatus()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _warn_about_unmatched_patterns(self.peft_config[adapter_name], self.targeted_module_names)
+        adapted = [(layer, adapter_name) for layer in pst_layers(model) if adapter_name in layer.pst_plans]
+        for unit in units((layer, name, layer.pst_plans[name].target_sparsity) for layer, name in adapted):
+            unit.check()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT puts new parameters in the place of half-precision ones, and forgets which of them were frozen.
@@ -207,28 +211,23 @@ def update_sparsity(model: nn.Module, step: int, total_steps: int | None = None)
     for layer, name in active_adapters(model):
         layer.check_unmerged(name)
         planned.append((layer, name, _scheduled_sparsity(layer.pst_plans[name], step, total_steps)))
-    prepared = [
-        (layer, name, layer.prepare_sparsity(name, sparsity))
-        for layer, name, sparsity in planned
-        if _selection_is_due(layer, name, step, sparsity)
-    ]
+    due = [unit for unit in units(planned) if _selection_is_due(unit, step)]
+    prepared = [change for unit in due for change in unit.prepare()]
     # All or nothing: whatever may be refused has been by now.
     for layer, name, change in prepared:
-        layer.put_in_force(name, *change)
+        layer.put_in_force(name, change)
     for layer, name, _ in planned:
         layer.pst_plans[name].status.moved = True
     return get_sparsity(model)
 
 
-def _selection_is_due(layer: PSTLayer, adapter_name: str, step: int, sparsity: float) -> bool:
-    plan = layer.pst_plans[adapter_name]
-    interval = plan.config.mask_interval
-    count, in_force = layer.num_pruned_at(adapter_name, sparsity), layer.get_num_pruned(adapter_name)
+def _selection_is_due(unit: Unit, step: int) -> bool:
+    interval = unit.plan.config.mask_interval
     if interval is None:
         # Whatever was pruned before, in an earlier run or at once, is held.
-        return count > in_force
+        return unit.num_pruned > unit.in_force
     # The target is reached on time whatever the interval, or a short run would end below it.
-    return step % interval == 0 or (count != in_force and sparsity == plan.target_sparsity)
+    return step % interval == 0 or (unit.sparsity == unit.plan.target_sparsity and unit.num_pruned != unit.in_force)
 
 
 def _scheduled_sparsity(plan: LayerPlan, step: int, total_steps: int | None) -> float:
@@ -284,7 +283,7 @@ def active_adapters(model: nn.Module) -> list[tuple[PSTLayer, str]]:
 
 def _warn_about_unmatched_patterns(config: Any, module_names: list[str]) -> None:
     # PEFT itself looks after `rank_pattern`.
-    for field in ("sparsity_pattern", "residual_pattern", "score_rank_pattern"):
+    for field in ("sparsity_pattern", "parts", "residual_pattern", "score_rank_pattern"):
         unmatched = [
             key
             for key in getattr(config, field)

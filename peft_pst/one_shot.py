@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
-from torch import Tensor, nn
+from torch import nn
 
-from .layer import PSTLayer
-from .masking import select_mask
+from .layer import Criterion
 from .model import active_adapters, get_sparsity
 from .schedule import check_sparsity
-from .scoring import rank_zeros_lowest
-
-Criterion = Literal["scores", "weights", "update"]
+from .units import units
 
 
 def prune_once(model: nn.Module, sparsity: float, *, by: Criterion = "scores") -> float:
@@ -52,15 +49,9 @@ def prune_once(model: nn.Module, sparsity: float, *, by: Criterion = "scores") -
     pairs = active_adapters(model)
     for layer, name in pairs:
         layer.check_holds_mask(name)
-    for layer, name in pairs:
-        importance = _importance(layer, name, by)
-        if layer.pst_plans[name].config.keep_zeros:
-            importance = rank_zeros_lowest(importance, layer.get_dense_weight())
-        layer.set_mask(name, select_mask(importance, layer.num_pruned_at(name, sparsity)))
+    prepared = [
+        change for unit in units((layer, name, sparsity) for layer, name in pairs) for change in unit.prepare(by)
+    ]
+    for layer, name, change in prepared:
+        layer.put_in_force(name, change)
     return get_sparsity(model)
-
-
-def _importance(layer: PSTLayer, adapter_name: str, by: Criterion) -> Tensor:
-    if by == "weights":
-        return layer.get_dense_weight().abs()
-    return layer.get_update(adapter_name).abs() if by == "update" else layer.get_scores(adapter_name)

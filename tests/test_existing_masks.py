@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from peft_pst import PSTCallback, PSTConfig, blocks, prune_heads, prune_once, report_model, selection, update_sparsity
 from peft_pst.masking import num_pruned, pack_mask, unpack_mask
 from peft_pst.scoring import Factors, rank_zeros_lowest
-from peft_pst.selection import select_adapter_mask
+from peft_pst.selection import select_unstructured
 
 
 def wanda(weight: Tensor, sparsity: float = 0.5, seed: int = 0) -> Tensor:
@@ -87,7 +87,7 @@ def test_zeros_of_the_base_are_pruned_before_everything_else(shape, zeros, share
             patch.setattr(selection, "CACHE_NUMEL", 20)
             patch.setattr(selection, "_SAMPLE", 4)
             patch.setattr(selection, "_MOST_INSIDE", 1)
-        packed = select_adapter_mask(weight, factors, count, keep_zeros=True)
+        packed = select_unstructured(weight, factors, count, keep_zeros=True)
     assert torch.equal(unpack_mask(packed, weight.shape), expected_mask(weight, factors, count))
 
 
@@ -101,13 +101,13 @@ def test_even_what_scores_minus_infinity_is_kept_before_a_zero():
 def test_a_nan_is_still_refused():
     weight = torch.tensor([[0.0, float("nan"), 1.0, 2.0]])
     with pytest.raises(ValueError, match="NaN"):
-        select_adapter_mask(weight, Factors(), 2, keep_zeros=True)
+        select_unstructured(weight, Factors(), 2, keep_zeros=True)
 
 
 def test_a_held_mask_needs_no_scores(monkeypatch):
     monkeypatch.setattr(selection, "base_scores", None)  # calling it would fail
     weight = torch.tensor([[0.0, 3.0, -0.0, 1.0]])
-    assert torch.equal(select_adapter_mask(weight, Factors(), 2, keep_zeros=True), pack_mask(weight != 0))
+    assert torch.equal(select_unstructured(weight, Factors(), 2, keep_zeros=True), pack_mask(weight != 0))
 
 
 # Training

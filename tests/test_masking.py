@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_pst.masking import masked_weight, num_pruned, pack_mask, select_mask, topk_mask, unpack_mask
+from peft_pst.masking import masked_weight, num_pruned, pack_mask, select_mask, unpack_mask
+from peft_pst.patterns import topk_mask
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -12,7 +12,8 @@ import torch
 from matplotlib.colors import to_rgb
 
 from peft_pst import plots
-from peft_pst.masking import num_pruned, topk_mask
+from peft_pst.masking import num_pruned
+from peft_pst.patterns import topk_mask
 from peft_pst.plots import BLUE, VERMILLION, plot_kept_weights, plot_layer_sparsity, plot_training
 from peft_pst.report import LayerSparsity, SparsityReport
 from peft_pst.schedule import cubic_sparsity

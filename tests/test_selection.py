@@ -12,7 +12,7 @@ from peft_pst import blocks, masked_linear, masking, selection
 from peft_pst.masked_linear import Pruner, effective_weight
 from peft_pst.masking import pack_mask, select_mask, unpack_mask
 from peft_pst.scoring import Factors, importance_scores, updated_weight
-from peft_pst.selection import select_adapter_mask
+from peft_pst.selection import select_unstructured
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_blocks_select_what_the_whole_selects(shape, share, spread, ties, dtype)
     weight, factors = make_weight(*shape, dtype), make_factors(*shape, spread=spread, ties=ties)
     weight = weight.round() if ties else weight
     count = round(share * weight.numel())
-    packed = select_adapter_mask(weight, factors, count)
+    packed = select_unstructured(weight, factors, count)
     assert torch.count_nonzero(unpack_mask(packed, shape)) == weight.numel() - count
     # Rounding may depend on the block, so near-ties may fall either way; whole numbers leave nothing to round.
     if ties:
@@ -79,7 +79,7 @@ def test_the_cut_is_bracketed_where_rows_or_columns_decide(dominant, monkeypatch
         low, high = selection._bracket(weight, factors, count)
         cut = importance_scores(updated_weight(weight, factors), factors).flatten().kthvalue(count).values
         assert low <= cut <= high
-        assert torch.equal(select_adapter_mask(weight, factors, count), at_once(weight, factors, count))
+        assert torch.equal(select_unstructured(weight, factors, count), at_once(weight, factors, count))
 
 
 def test_where_much_would_lie_between_all_is_selected_from_at_once(monkeypatch):
@@ -87,7 +87,7 @@ def test_where_much_would_lie_between_all_is_selected_from_at_once(monkeypatch):
     monkeypatch.setattr(selection, "_select_between", None)  # calling it would fail
     weight, factors = torch.zeros(300, 200), Factors()
     assert selection._bracket(weight, factors, 30_000) is None
-    assert torch.equal(select_adapter_mask(weight, factors, 30_000), at_once(weight, factors, 30_000))
+    assert torch.equal(select_unstructured(weight, factors, 30_000), at_once(weight, factors, 30_000))
 
 
 def test_the_default_device_plays_no_part():
@@ -95,7 +95,7 @@ def test_the_default_device_plays_no_part():
     expected = at_once(weight, factors, 700), effective_weight(weight, [Pruner(factors, at_once(weight, factors, 700))])
     masking._words.cache_clear()
     with torch.device("meta"):
-        packed = select_adapter_mask(weight, factors, 700)
+        packed = select_unstructured(weight, factors, 700)
         actual = packed, effective_weight(weight, [Pruner(factors, packed)])
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
@@ -106,7 +106,7 @@ def test_a_missed_bracket_costs_time_alone(low, high, monkeypatch):
     weight, factors = make_weight(40, 30), make_factors(40, 30)
     monkeypatch.setattr(selection, "_bracket", lambda *args: (low, high))
     assert selection._select_between(weight, factors, 600, low, high) is None
-    assert torch.equal(select_adapter_mask(weight, factors, 600), at_once(weight, factors, 600))
+    assert torch.equal(select_unstructured(weight, factors, 600), at_once(weight, factors, 600))
 
 
 @pytest.mark.parametrize("position", [(0, 0), (17, 5), (39, 29)])
@@ -114,14 +114,14 @@ def test_a_nan_anywhere_is_refused(position):
     weight, factors = make_weight(40, 30), make_factors(40, 30)
     weight[position] = float("nan")
     with pytest.raises(ValueError, match="The scores hold a NaN"):
-        select_adapter_mask(weight, factors, 600)
+        select_unstructured(weight, factors, 600)
 
 
 def test_infinite_scores_have_a_rank():
     weight, factors = make_weight(40, 30), make_factors(40, 30)
     weight[3, 4], factors.R[7] = float("inf"), -float("inf")
     for count in (10, 30, 600, 1199):
-        assert torch.equal(select_adapter_mask(weight, factors, count), at_once(weight, factors, count))
+        assert torch.equal(select_unstructured(weight, factors, count), at_once(weight, factors, count))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -152,5 +152,5 @@ def test_scores_that_are_never_held_take_no_memory_of_their_size(monkeypatch):
 
     monkeypatch.setattr(selection, "base_scores", spy)
     weight, factors = make_weight(160, 50), make_factors(160, 50)
-    select_adapter_mask(weight, factors, 7000)
+    select_unstructured(weight, factors, 7000)
     assert max(made) <= 400, "eight rows at a time"
