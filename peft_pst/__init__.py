@@ -2,6 +2,7 @@
 
 from ._registration import register as _register
 from ._version import __version__
+from .architecture import Projections, find_heads, find_neurons
 from .callback import PSTCallback
 from .config import PSTConfig
 from .distillation import DistillationMixin, DistillationTrainer, distillation_loss
@@ -15,6 +16,7 @@ from .patterns import topk_mask
 from .report import SparsityReport, report_checkpoint, report_model
 from .resuming import last_whole_checkpoint
 from .schedule import cubic_sparsity
+from .shrink import ShrinkReport, shrink
 
 _register()
 
@@ -26,11 +28,15 @@ __all__ = [
     "PSTConfig",
     "PSTLayer",
     "PSTModel",
+    "Projections",
+    "ShrinkReport",
     "SparsityReport",
     "__version__",
     "create_pst_optimizer",
     "cubic_sparsity",
     "distillation_loss",
+    "find_heads",
+    "find_neurons",
     "get_sparsity",
     "last_whole_checkpoint",
     "num_pruned",
@@ -39,6 +45,7 @@ __all__ = [
     "prune_once",
     "report_checkpoint",
     "report_model",
+    "shrink",
     "topk_mask",
     "update_sparsity",
 ]

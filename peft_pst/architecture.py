@@ -120,13 +120,8 @@ def find_heads(
         [('q_proj', 0, 4), ('k_proj', 0, 2), ('v_proj', 0, 2), ('o_proj', 1, 4)]
     """
     base = _base(model)
-    modules = dict(base.named_modules())
-    found = []
-    for names, known in _matches(modules, projections or _attentions_of(base)):
-        owner = modules[names[0].rpartition(".")[0]]
-        sources = [owner, *(getattr(module, "config", None) for module in (owner, base))]
-        found.append(_heads(names, [_shape(modules[name]) for name in names], known, num_heads or _number(sources)))
-    return found or _refuse("attention layer", projections, modules, ("query, key and value", "output"))
+    found = _all_heads(base, projections or _attentions_of(base), num_heads)
+    return found or _refuse("attention layer", projections, base, ("query, key and value", "output"))
 
 
 def find_neurons(model: nn.Module, projections: Sequence[Projections] | None = None) -> list[CoupledGroups]:
@@ -154,12 +149,39 @@ def find_neurons(model: nn.Module, projections: Sequence[Projections] | None = N
         >>> neurons.name, neurons.num_groups, neurons.modules
         ('encoder.layer.0', 6, ('encoder.layer.0.intermediate.dense', 'encoder.layer.0.output.dense'))
     """
-    modules = dict(_base(model).named_modules())
-    found = [
-        _neurons(names, [_shape(modules[name]) for name in names], known, is_named=projections is not None)
-        for names, known in _matches(modules, projections or _FEED_FORWARDS)
+    base = _base(model)
+    found = _all_neurons(base, projections or _FEED_FORWARDS, is_named=projections is not None)
+    return found or _refuse("feed-forward", projections, base, ("up and gate", "down"))
+
+
+def find_groups(model: nn.Module) -> list[CoupledGroups]:
+    """What `find_heads` and `find_neurons` find, as far as the names of a model's projections are known.
+
+    Raises:
+        ValueError: if neither finds anything, or sizes do not fit.
+    """
+    base = _base(model)
+    found = [*_all_heads(base, _attentions_of(base), None), *_all_neurons(base, _FEED_FORWARDS, is_named=False)]
+    return found or _refuse("attention layer or feed-forward", None, base, ("inputs", "output"))
+
+
+def _all_heads(base: Any, known: Iterable[Projections], num_heads: int | None) -> list[CoupledGroups]:
+    modules = dict(base.named_modules())
+    found = []
+    for names, projections in _matches(modules, known):
+        owner = modules[names[0].rpartition(".")[0]]
+        sources = [owner, *(getattr(module, "config", None) for module in (owner, base))]
+        shapes = [_shape(modules[name]) for name in names]
+        found.append(_heads(names, shapes, projections, num_heads or _number(sources)))
+    return found
+
+
+def _all_neurons(base: nn.Module, known: Iterable[Projections], *, is_named: bool) -> list[CoupledGroups]:
+    modules = dict(base.named_modules())
+    return [
+        _neurons(names, [_shape(modules[name]) for name in names], projections, is_named=is_named)
+        for names, projections in _matches(modules, known)
     ]
-    return found or _refuse("feed-forward", projections, modules, ("up and gate", "down"))
 
 
 def _base(model: nn.Module) -> Any:
@@ -277,9 +299,9 @@ def _common_path(names: Sequence[str]) -> str:
 
 
 def _refuse(
-    what: str, projections: Sequence[Projections] | None, modules: Mapping[str, nn.Module], roles: tuple[str, str]
+    what: str, projections: Sequence[Projections] | None, base: nn.Module, roles: tuple[str, str]
 ) -> list[CoupledGroups]:
-    names = [name for name, module in modules.items() if _is_matrix(module)]
+    names = [name for name, module in base.named_modules() if _is_matrix(module)]
     known = "the names given" if projections else "names that are known for this type of model"
     raise ValueError(
         f"The model has no {what} whose projections bear {known}; its linear layers are {names[:8]}"

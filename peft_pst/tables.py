@@ -5,12 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from .report import LayerSparsity, SparsityReport
 
 SHOW_ALL_UP_TO = 16
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Layer = TypeVar("_Layer", bound=_Named)
 
 
 def sparsity_table(report: SparsityReport, show_all: bool | None = None) -> str:
@@ -41,7 +49,7 @@ def sparsity_table(report: SparsityReport, show_all: bool | None = None) -> str:
     return "\n".join([f"Sparsity of {report.source}", "", *lines, "", *_remarks(report)])
 
 
-def by_kind(layers: Sequence[LayerSparsity]) -> list[tuple[str, list[LayerSparsity]]]:
+def by_kind(layers: Sequence[_Layer]) -> list[tuple[str, list[_Layer]]]:
     """Group layers that differ in their block numbers only.
 
     Returns:
@@ -53,7 +61,7 @@ def by_kind(layers: Sequence[LayerSparsity]) -> list[tuple[str, list[LayerSparsi
         >>> [(kind, len(rows)) for kind, rows in by_kind(layers)]
         [('up', 2), ('down', 2)]
     """
-    groups: dict[str, list[LayerSparsity]] = {}
+    groups: dict[str, list[_Layer]] = {}
     for layer in layers:
         groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.name), []).append(layer)
     paths = [kind.split(".") for kind in groups]

@@ -54,8 +54,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from peft_pst import PSTConfig
-from peft_pst.architecture import Projections, find_heads, find_neurons
+from peft_pst import Projections, PSTConfig, find_heads, find_neurons
 from peft_pst.coupling import CoupledGroups, Part, group_masks, group_scores
 
 # Arithmetic
