@@ -16,7 +16,7 @@ from .patterns import topk_mask
 from .report import SparsityReport, report_checkpoint, report_model
 from .resuming import last_whole_checkpoint
 from .schedule import cubic_sparsity
-from .shrink import ShrinkReport, shrink
+from .shrinking import ShrinkReport, shrink
 
 _register()
 

@@ -37,7 +37,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_pst import PSTConfig, find_heads, find_neurons, shrink
 from peft_pst.coupling import CoupledGroups
-from peft_pst.shrink import groups_in_use
+from peft_pst.shrinking import groups_in_use
 
 GROUPED = {**TEXT, "num_key_value_heads": 2, "num_attention_heads": 8, "head_dim": 4}
 LOADED: dict[str, Callable[[], PreTrainedModel]] = {
@@ -351,7 +351,9 @@ def test_a_model_that_its_class_does_not_build_is_refused() -> None:
 def test_other_answers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slopes of attention over distances follow from the number of heads, which no matrix shows."""
     model = silenced("llama", CASES["llama"])
-    monkeypatch.setattr("peft_pst.shrink.groups_in_use", lambda model, groups: torch.arange(groups.num_groups) % 2 == 0)
+    monkeypatch.setattr(
+        "peft_pst.shrinking.groups_in_use", lambda model, groups: torch.arange(groups.num_groups) % 2 == 0
+    )
     with pytest.raises(RuntimeError, match=r"logits of the shrunk LlamaForCausalLM differs by up to .* not changed"):
         shrink(model)
 
