@@ -7,6 +7,7 @@ from .callback import PSTCallback
 from .config import PSTConfig
 from .distillation import DistillationMixin, DistillationTrainer, distillation_loss
 from .heads import prune_heads
+from .inference import InferenceReport, dense_again, sparse_inference
 from .layer import PSTLayer
 from .masking import num_pruned
 from .model import PSTModel, get_sparsity, update_sparsity
@@ -24,6 +25,7 @@ _register()
 __all__ = [
     "DistillationMixin",
     "DistillationTrainer",
+    "InferenceReport",
     "PSTCallback",
     "PSTConfig",
     "PSTLayer",
@@ -34,6 +36,7 @@ __all__ = [
     "__version__",
     "create_pst_optimizer",
     "cubic_sparsity",
+    "dense_again",
     "distillation_loss",
     "find_heads",
     "find_neurons",
@@ -46,6 +49,7 @@ __all__ = [
     "report_checkpoint",
     "report_model",
     "shrink",
+    "sparse_inference",
     "topk_mask",
     "update_sparsity",
 ]
