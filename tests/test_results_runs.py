@@ -6,16 +6,20 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tiny_results import a_run, fake, machine, write_data, write_settings
+from transformers import Trainer
 
 from benchmarks.results import __main__ as command_line
 from benchmarks.results import launch as launching
 from benchmarks.results.launch import launch
-from benchmarks.results.runs import Run, read_result, write_json
+from benchmarks.results.runs import Run, Teacher, read_result, write_json
 from benchmarks.results.settings import Settings, Training, read_settings
 from benchmarks.results.tasks import load_task
 from benchmarks.results.tasks.protocol import batch_order, num_steps, split_training
@@ -83,6 +87,51 @@ def test_training_examples_are_one_shuffle_and_their_order_is_the_seeds(settings
         split_training(40, replace(run, held_out=40))
 
 
+def test_batches_by_length_hold_neighbours_in_length_and_come_in_any_order(settings: Settings, data: Path) -> None:
+    run = a_run(settings, data)
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(3, 12, (20,), generator=generator).tolist()
+    order = batch_order(20, run, lengths)  # 6 steps of 4: one pass, and the first batch of another
+    assert sorted(order[:20]) == list(range(20))
+    batches = [[lengths[index] for index in order[start : start + 4]] for start in range(0, 20, 4)]
+    by_shortest = sorted(batches)
+    assert [length for batch in by_shortest for length in batch] == sorted(lengths)
+    assert batches != by_shortest
+    assert order == batch_order(20, replace(run, method="magnitude", rates={"lr": 1.0}), lengths)
+    assert order != batch_order(20, replace(run, seed=1), lengths)
+    odd = batch_order(18, run, lengths[:18])
+    assert sorted(odd[:18]) == list(range(18))
+    assert [lengths[index] for index in odd[16:18]] == sorted(lengths[:18])[16:]  # what fills no batch comes last
+
+
+def test_lengths_and_dropout_of_the_settings_reach_the_training(
+    settings: Settings, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def train(trainer: Any) -> SimpleNamespace:
+        seen["lengths"] = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+        seen["dropout"] = {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)}
+        return SimpleNamespace(training_loss=0.0)
+
+    monkeypatch.setattr(Trainer, "train", train)
+    file = data / "glue" / "SST-2" / "train.tsv"
+    header, *lines = file.read_text().splitlines()
+    longer = [f"{'so ' * (7 * number % 5)}{line}" for number, line in enumerate(lines)]
+    file.write_text("\n".join([header, *longer]) + "\n")
+    run = a_run(settings, data, "magnitude", sparsity=0.0)
+    execute(run, data)
+    assert seen["dropout"] == {0.1}
+    assert any(left > right for batch in _batches(seen["lengths"]) for left, right in pairwise(batch))
+    execute(replace(run, training=replace(run.training, dropout=0.0, group_by_length=True)), data)
+    assert seen["dropout"] == {0.0}
+    assert all(batch == sorted(batch) for batch in _batches(seen["lengths"]))
+
+
+def _batches(lengths: list[int]) -> list[list[int]]:
+    return [lengths[start : start + 4] for start in range(0, len(lengths), 4)]
+
+
 def test_a_search_does_not_open_the_dev_set(settings: Settings, data: Path) -> None:
     searched = replace(a_run(settings, data), split="held_out", held_out=8)
     (data / "glue" / "SST-2" / "dev.tsv").unlink()
@@ -109,10 +158,16 @@ def test_a_key_changes_with_whatever_determines_a_result(settings: Settings, dat
         replace(run, options={"r": 4}),
         replace(run, resolved={**run.resolved, "r": 4}),
         replace(run, threads=2),
+        replace(run, teacher=Teacher(replace(run, method="lora", sparsity=0.0), weight=0.5, temperature=2.0)),
+        replace(run, teacher=Teacher(replace(run, method="dense", sparsity=0.0), weight=0.5, temperature=2.0)),
+        replace(run, teacher=Teacher(replace(run, method="dense", sparsity=0.0), weight=0.4, temperature=2.0)),
         replace(run, data=machine(data).digests["sst2"]),
     ]
     assert len({run.key, *(other.key for other in changed)}) == len(changed) + 1
-    assert Run.from_dict(json.loads(json.dumps(run.to_dict()))).key == run.key
+    for each in (run, changed[-1]):
+        assert Run.from_dict(json.loads(json.dumps(each.to_dict()))) == each
+    older = {name: value for name, value in run.to_dict().items() if name != "teacher"}
+    assert Run.from_dict(older).key == run.key
 
 
 def test_results_are_read_by_key(settings: Settings, data: Path, tmp_path: Path) -> None:
@@ -229,6 +284,7 @@ def test_mistakes_are_said_before_anything_is_run(
         ("sparsities: [0.5, 0.7, 0.9]", "sparsities: [0.5, 7]", "sparsities=7 is outside"),
         ("seed: 7", "seed: 1", "search.seed=1 is one of the table's seeds"),
         ("precision: float32", "precision: half", "precision='half' is neither"),
+        ("precision: float32", "dropout: 1", "dropout=1 must be a number in"),
     ],
 )
 def test_settings_that_do_not_hold_are_refused(settings_file: Path, old: str, new: str, message: str) -> None:
@@ -244,5 +300,5 @@ def test_all_settings_files_can_be_read() -> None:
     assert files
     for file in files:
         settings = read_settings(file)
-        searched = [row for row in settings.rows.values() if row.rates is None]
+        searched = [row for row in settings.rows.values() if row.rates is None and row.rates_of is None]
         assert {len(row.candidates) for row in searched} <= {settings.search.budget}

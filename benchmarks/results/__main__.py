@@ -109,14 +109,18 @@ def planned_runs(
     folder, seeds = _folder(settings, options), options.seeds or settings.seeds
     planned = []
     for task, row, sparsity in cells(settings, machine.digests, _rows(settings, options), options.sparsities):
+        teacher = settings.rows[row].teacher
         rates = rates_for(settings, searched_on, task, row, sparsity, folder)
-        if rates is None:
-            problem = f"{row} on {task} at {sparsity:g} has no learning rates: the settings fix none"
+        teacher_rates = rates_for(settings, searched_on, task, teacher, 0.0, folder) if teacher else None
+        if rates is None or (teacher and teacher_rates is None):
+            whose = "" if rates is None else f" for its teacher {teacher}"
+            problem = f"{row} on {task} at {sparsity:g} has no learning rates{whose}: the settings fix none"
             if not skip_unsearched:
                 raise ValueError(f"{problem}, and no search with these settings found any; run `search` first.")
             print(f"left out: {problem}, and it is not searched yet", file=sys.stderr)
             continue
-        planned += [(row, make_run(settings, machine, task, row, sparsity, seed, rates)) for seed in seeds]
+        for seed in seeds:
+            planned.append((row, make_run(settings, machine, task, row, sparsity, seed, rates, teacher_rates)))
     return planned
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,21 @@ from .methods import METHODS
 from .settings import RATES, Rates, Settings, Training
 
 Split = Literal["validation", "held_out"]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A dense model that a run also learns from.
+
+    Attributes:
+        run: that the model comes from.
+        weight: the teacher's part of the loss, in [0, 1].
+        temperature: of the distance to its predictions.
+    """
+
+    run: Run
+    weight: float
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,7 @@ class Run:
         held_out: number of training examples that are left out of training for it.
         threads: of the process; sums differ in their last digits with them.
         device: "cpu" or "cuda".
+        teacher: a dense model to learn from beside the labels.
     """
 
     model: str
@@ -51,18 +67,23 @@ class Run:
     held_out: int = 0
     threads: int = 1
     device: str = "cpu"
+    teacher: Teacher | None = None
 
     @property
     def key(self) -> str:
-        """Twelve hexadecimal digits that change with any field."""
+        """Twelve hexadecimal digits that change with any field; without a teacher, those of before there were any."""
         values = {**asdict(self), "training": self.training.given()}
+        del values["teacher"]
+        if self.teacher is not None:
+            values["teacher"] = {**asdict(self.teacher), "run": self.teacher.run.key}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def file_name(self) -> str:
         """The key, after what a reader wants to see of it."""
         rates = "-".join(f"{name}{self.rates[name]:g}" for name in RATES if name in self.rates)
-        parts = [self.task, self.method, f"s{self.sparsity:g}", f"seed{self.seed}", rates, self.split, self.key]
+        method = self.method if self.teacher is None else f"{self.method}-taught"
+        parts = [self.task, method, f"s{self.sparsity:g}", f"seed{self.seed}", rates, self.split, self.key]
         return "_".join(parts) + ".json"
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +93,10 @@ class Run:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Run:
         """The run that `to_dict` wrote."""
-        return cls(**{**values, "training": Training(**values["training"])})
+        teacher = values.get("teacher")  # files from before there were teachers have none
+        if teacher is not None:
+            teacher = Teacher(**{**teacher, "run": cls.from_dict(teacher["run"])})
+        return cls(**{**values, "training": Training(**values["training"]), "teacher": teacher})
 
 
 @dataclass(frozen=True)
@@ -91,10 +115,22 @@ class Machine:
 
 
 def make_run(
-    settings: Settings, machine: Machine, task: str, row: str, sparsity: float, seed: int, rates: Rates
+    settings: Settings,
+    machine: Machine,
+    task: str,
+    row: str,
+    sparsity: float,
+    seed: int,
+    rates: Rates,
+    teacher_rates: Rates | None = None,
 ) -> Run:
-    """One cell of the table for one seed."""
-    method, options = settings.rows[row].method, settings.rows[row].options
+    """One cell of the table for one seed; `teacher_rates` are those of the row's teacher, if it has one."""
+    wanted = settings.rows[row]
+    method, options, teacher = wanted.method, wanted.options, None
+    if wanted.teacher is not None:
+        assert teacher_rates is not None  # or the teacher could not be trained
+        dense = make_run(settings, machine, task, wanted.teacher, 0.0, seed, teacher_rates)
+        teacher = Teacher(dense, wanted.teacher_weight, wanted.temperature)
     return Run(
         model=settings.model,
         task=task,
@@ -108,6 +144,7 @@ def make_run(
         training=settings.tasks[task],
         threads=machine.threads,
         device=machine.device,
+        teacher=teacher,
     )
 
 
@@ -124,11 +161,16 @@ def cells(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write whole or not at all."""
+    write_whole(path, lambda beside: beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside and rename, so that an interrupted write leaves no half file under the name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

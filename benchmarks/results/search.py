@@ -48,7 +48,7 @@ def questions(
     rows: Iterable[str],
     sparsities: Iterable[float] | None = None,
 ) -> list[Question]:
-    """What is to be searched: all rows but those whose learning rates the settings fix.
+    """What is to be searched: all rows but those whose learning rates the settings fix, or take from another row.
 
     Args:
         settings: of the experiment.
@@ -61,7 +61,7 @@ def questions(
         ValueError: if a row has more or fewer candidates than the others.
     """
     asked = []
-    searched = [row for row in rows if settings.rows[row].rates is None]
+    searched = [row for row in rows if settings.rows[row].rates is None and settings.rows[row].rates_of is None]
     for row in searched:
         found = len(settings.rows[row].candidates)
         if found != settings.search.budget:
@@ -129,10 +129,11 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
 
 
 def rates_for(settings: Settings, machine: Machine, task: str, row: str, sparsity: float, folder: Path) -> Rates | None:
-    """Learning rates of one cell: those that the settings fix, else those that the search found.
+    """Learning rates of one cell: those that the settings fix, else those that the search found for it or its model.
 
     None where neither is there, or the settings have changed since the search.
     """
+    row = settings.rows[row].rates_of or row
     fixed = settings.rows[row].rates
     if fixed is not None:
         return fixed

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
+from peft_pst.distillation import check_settings
 from peft_pst.schedule import check_sparsity
 
 from .methods import METHODS
@@ -51,6 +52,8 @@ class Training:
         eval_examples: sources that are decoded, the first of a fixed shuffle, for text generation; None for all.
         beams: of the search that decodes them.
         max_new_tokens: of a decoded text at most.
+        dropout: of every `nn.Dropout` of the model, in [0, 1), the same for every method; None for the checkpoint's.
+        group_by_length: whether a batch holds examples of like length, for less padding.
     """
 
     steps: int | None = None
@@ -67,6 +70,8 @@ class Training:
     eval_examples: int | None = None
     beams: int = 10
     max_new_tokens: int = 128
+    dropout: float | None = None
+    group_by_length: bool = False
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -75,6 +80,8 @@ class Training:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
                 raise ValueError(f"{name}={value!r} must be a number above 0; YAML reads 1e-3 as text, write 1.0e-3.")
+        if self.dropout is not None and not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout={self.dropout!r} must be a number in [0, 1), or left out.")
         object.__setattr__(self, "head_modules", tuple(self.head_modules))  # YAML and JSON have lists
         if self.precision not in ("bf16", "float32"):
             raise ValueError(f"precision={self.precision!r} is neither bf16 nor float32.")
@@ -93,12 +100,20 @@ class Row:
         options: what the method's own file documents.
         rates: learning rates that are fixed; None to take those of the search.
         candidates: learning rates to search among.
+        rates_of: another row, whose learning rates are taken over.
+        teacher: a row that prunes nothing, from whose finished run of the same seed this one also learns.
+        teacher_weight: the teacher's part of the loss, in [0, 1].
+        temperature: of the distance to the teacher's predictions.
     """
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     rates: Rates | None = None
     candidates: tuple[Rates, ...] = ()
+    rates_of: str | None = None
+    teacher: str | None = None
+    teacher_weight: float = 0.5
+    temperature: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -176,6 +191,8 @@ def read_settings(path: str | Path) -> Settings:
         search=_from(Search, {**content.get("search", {}), "groups": groups}, "search"),
         local_data=content.get("local_data", False),
     )
+    for name, row in settings.rows.items():
+        _check_references(settings, name, row)
     for sparsity in settings.sparsities:
         check_sparsity("sparsities", sparsity)
     if settings.search.seed in settings.seeds:
@@ -209,6 +226,25 @@ def _row(name: str, values: Mapping[str, Any]) -> Row:
                 "least 0. YAML reads 1e-3 as text, write 1.0e-3."
             )
     return row
+
+
+def _check_references(settings: Settings, name: str, row: Row) -> None:
+    for field_name, other in (("rates_of", row.rates_of), ("teacher", row.teacher)):
+        if other is not None and other not in settings.rows:
+            raise ValueError(f"{name}: {field_name} {other!r} is none of the rows {', '.join(settings.rows)}.")
+    if row.teacher is not None:
+        check_settings(row.teacher_weight, row.temperature)
+        if METHODS[settings.rows[row.teacher].method].prunes:
+            raise ValueError(f"{name}: teacher {row.teacher!r} prunes; choose a row that stays dense.")
+        if row.candidates:
+            raise ValueError(f"{name}: a row with a teacher is not searched; give it rates, or rates_of another row.")
+    if row.rates_of is None:
+        return
+    other_row = settings.rows[row.rates_of]
+    if row.rates is not None or row.candidates or other_row.rates_of is not None:
+        raise ValueError(f"{name}: rates_of goes with neither rates nor candidates, nor to a row that has it too.")
+    if set(METHODS[other_row.method].rates) != set(METHODS[row.method].rates):
+        raise ValueError(f"{name}: {row.rates_of!r} has other learning rates than {row.method} takes.")
 
 
 def _is_number(value: object) -> bool:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import Trainer, TrainingArguments, set_seed
 
-from peft_pst import num_pruned
+from peft_pst import DistillationMixin, num_pruned
 from peft_pst.report import count_zeros
 
 from .memory import PeakMemory
 from .methods import METHODS
 from .methods.masked import block_linears
 from .methods.protocol import Goal, Prepared, Start
-from .runs import Run
+from .runs import Run, write_whole
 from .tasks import LoadedTask, load_task
 from .tasks.protocol import batch_order, num_steps
 
@@ -37,20 +39,27 @@ class ResultsTrainer(Trainer):
         # Many classifiers accept the number of items in a batch and do not use it.
         self.model_accepts_loss_kwargs = False
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The model's own loss, plus the penalty while training."""
-        loss: Any = super().compute_loss(*args, **kwargs)
-        if self.penalty is None or kwargs.get("return_outputs"):
-            return loss
-        return loss + self.penalty()
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.penalty is None or not model.training:
+            return found
+        return (found[0] + self.penalty(), found[1]) if return_outputs else found + self.penalty()
 
 
-def execute(run: Run, data: Path | None) -> dict[str, Any]:
+class TaughtTrainer(DistillationMixin, ResultsTrainer):
+    """The same, with a dense model to learn from."""
+
+
+def execute(run: Run, data: Path | None, teachers: Path | None = None) -> dict[str, Any]:
     """Train and score one run.
 
     Args:
         run: what to do.
         data: folder of local data files, or None for the hub.
+        teachers: folder that keeps the models which others learn from; None to keep none.
 
     Returns:
         JSON values: `scores` by name, and what they cost.
@@ -60,9 +69,8 @@ def execute(run: Run, data: Path | None) -> dict[str, Any]:
     """
     if run.device == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
-    set_seed(run.seed)
-    task = load_task(run, data)
-    task.model.to(run.device)
+    teacher = None if run.teacher is None else load_teacher(run.teacher.run, data, teachers)
+    task = _load(run, data)
     memory = PeakMemory(task.model, run.device)
     counter = ZeroCounter(task.model)
     prepared = _prepare(run, task)
@@ -71,7 +79,7 @@ def execute(run: Run, data: Path | None) -> dict[str, Any]:
     wall, processor = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         arguments = training_arguments(run, len(task.pool), scratch)
-        loss = _train(run, task, prepared, arguments)
+        loss = _train(run, task, prepared, arguments, teacher)
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
         peak, facts = memory.bytes(), prepared.facts()
         plain = prepared.finish()
@@ -91,6 +99,28 @@ def execute(run: Run, data: Path | None) -> dict[str, Any]:
         "cpu_seconds": processor,
         "facts": facts,
     }
+
+
+def load_teacher(run: Run, data: Path | None, folder: Path | None) -> nn.Module:
+    """The finished model of a run that stays dense: trained as that run is, and kept under its key for the next time.
+
+    Args:
+        run: the teacher's own.
+        data: as in `execute`.
+        folder: where models are kept; None to train anew.
+    """
+    task = _load(run, data)
+    path = None if folder is None else folder / f"{run.key}.safetensors"
+    if path is not None and path.is_file():
+        load_model(task.model, path)
+        return task.model
+    prepared = _prepare(run, task)
+    with tempfile.TemporaryDirectory() as scratch:
+        _train(run, task, prepared, training_arguments(run, len(task.pool), scratch))
+    plain = prepared.finish()
+    if path is not None:
+        write_whole(path, lambda beside: save_model(plain, str(beside)))
+    return plain
 
 
 def training_arguments(run: Run, pool_size: int, scratch: str) -> TrainingArguments:
@@ -115,6 +145,15 @@ def training_arguments(run: Run, pool_size: int, scratch: str) -> TrainingArgume
     )
 
 
+def _load(run: Run, data: Path | None) -> LoadedTask:
+    set_seed(run.seed)
+    task = load_task(run, data)
+    task.model.to(run.device)
+    if run.training.dropout is not None:
+        _set_dropout(task.model, run.training.dropout)
+    return task
+
+
 def _prepare(run: Run, task: LoadedTask) -> Prepared:
     def calibration() -> Iterator[dict[str, Tensor]]:
         for index in range(min(CALIBRATION_EXAMPLES, len(task.pool))):
@@ -135,20 +174,35 @@ def _prepare(run: Run, task: LoadedTask) -> Prepared:
     return method.prepare(start, goal)
 
 
+def _set_dropout(model: nn.Module, probability: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+
+
 def _check_groups(prepared: Prepared, trained: int) -> None:
     grouped = sum(parameter.numel() for group in prepared.groups for parameter in group["params"])
     if grouped != trained:
         raise RuntimeError(f"The optimizer has {grouped:,} parameters, but {trained:,} train.")
 
 
-def _train(run: Run, task: LoadedTask, prepared: Prepared, arguments: TrainingArguments) -> float:
-    trainer = ResultsTrainer(
+def _train(
+    run: Run, task: LoadedTask, prepared: Prepared, arguments: TrainingArguments, teacher: nn.Module | None = None
+) -> float:
+    lengths = [len(ids) for ids in task.pool["input_ids"]] if run.training.group_by_length else None
+    kind: Callable[..., Trainer] = ResultsTrainer
+    if run.teacher is not None:
+        assert teacher is not None  # `execute` loaded it
+        kind = partial(
+            TaughtTrainer, teacher=teacher, teacher_weight=run.teacher.weight, temperature=run.teacher.temperature
+        )
+    trainer = kind(
         penalty=prepared.penalty,
         model=prepared.model,
         args=arguments,
-        train_dataset=task.pool.select(batch_order(len(task.pool), run)),
+        train_dataset=task.pool.select(batch_order(len(task.pool), run, lengths)),
         data_collator=task.collator,
-        optimizers=(AdamW(prepared.groups, weight_decay=0.0), None),
+        optimizers=(AdamW(prepared.groups, weight_decay=0.0, fused=True), None),
         callbacks=prepared.callbacks,
     )
     return trainer.train().training_loss

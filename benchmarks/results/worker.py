@@ -28,7 +28,8 @@ def main() -> None:
     torch.set_num_threads(run.threads)
     datasets.disable_progress_bars()
     with plain_warnings(), quiet_transformers(bars=False):
-        result = execute(run, None if task["data"] is None else Path(task["data"]))
+        data = None if task["data"] is None else Path(task["data"])
+        result = execute(run, data, Path(task["output"]) / "teachers")
     versions = {"peft_pst": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     versions["peft"] = version("peft")
     content = {"key": run.key, "run": run.to_dict(), "result": result, "versions": versions}

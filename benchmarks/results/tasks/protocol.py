@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from ..runs import Run
@@ -80,19 +80,38 @@ def num_steps(run: Run, pool_size: int) -> int:
     return math.ceil(run.training.epochs * pool_size / run.training.batch_size)
 
 
-def batch_order(pool_size: int, run: Run) -> list[int]:
+def batch_order(pool_size: int, run: Run, lengths: Sequence[int] | None = None) -> list[int]:
     """Which example of the pool is seen when: a new shuffle a pass, by the run's seed and nothing else.
 
-    The order is the same for every method, whatever random numbers it draws.
+    The order is the same for every method, whatever random numbers it draws. Given lengths, the examples of a pass are
+    sorted by them after the shuffle and cut into batches, so that little is padded, and the batches are shuffled.
+
+    Args:
+        pool_size: number of training examples.
+        run: gives seed, steps and batch size.
+        lengths: tokens of each example of the pool; None for an order that does not look at them.
 
     Returns:
         `num_steps` times `batch_size` indices into the pool.
     """
-    wanted = num_steps(run, pool_size) * run.training.batch_size
+    batch_size = run.training.batch_size
+    wanted = num_steps(run, pool_size) * batch_size
     generator = torch.Generator().manual_seed(run.seed)
-    passes = math.ceil(wanted / pool_size)
-    order = torch.cat([torch.randperm(pool_size, generator=generator) for _ in range(passes)])
-    return order[:wanted].tolist()
+    order: list[int] = []
+    while len(order) < wanted:
+        examples = torch.randperm(pool_size, generator=generator)
+        if lengths is not None:
+            examples = _by_length(examples, torch.tensor(lengths), batch_size, generator)
+        order += examples.tolist()
+    return order[:wanted]
+
+
+def _by_length(examples: Tensor, lengths: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Examples of like length next to each other, batch by batch; what fills no batch comes last."""
+    batches = examples[lengths[examples].argsort(stable=True)].split(batch_size)
+    full = [batch for batch in batches if len(batch) == batch_size]
+    shuffled_batches = [full[index] for index in torch.randperm(len(full), generator=generator).tolist()]
+    return torch.cat([*shuffled_batches, *batches[len(full) :]])
 
 
 def digest(files: Iterable[Path]) -> str:
