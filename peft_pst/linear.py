@@ -56,8 +56,3 @@ def is_linear(module: nn.Module, parent: nn.Module) -> bool:
     projection = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     stored = projection or isinstance(parent, nn.TransformerEncoderLayer)
     return isinstance(module, (nn.Linear, Conv1D)) and not stored
-
-
-def supports(base: Any, parent: nn.Module) -> bool:
-    """Whether a layer can be adapted: a linear map whose weight is stored as real numbers, not quantised."""
-    return is_linear(base, parent) and base.weight.dtype.is_floating_point

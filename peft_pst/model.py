@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
+from .kinds import kind_of
 from .layer import LayerPlan, PSTLayer, ScheduleStatus
-from .linear import PSTLinear, supports
 from .loading import check_stored_adapter
 from .schedule import cubic_sparsity
 from .targets import find_block_linears
+from .ties import shared_weights
 from .units import Unit, units
 
 
@@ -87,8 +88,9 @@ class PSTModel(BaseTuner):
         if isinstance(target, PSTLayer):
             target.update_layer(adapter_name, peft_config, self._status)
             return
-        _check_supported(target, parent, current_key)
-        new_module = PSTLinear(target, adapter_name, peft_config, self._status, current_key)
+        kind = kind_of(target, parent, current_key)
+        _check_untied(self._shared.get((target, "weight")), current_key, "Adapting")
+        new_module = kind(target, adapter_name, peft_config, self._status, current_key)
         if adapter_name not in self.active_adapters:
             # A further adapter is not trainable until it is activated.
             new_module.requires_grad_(False)
@@ -105,11 +107,20 @@ class PSTModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # The one object that all layers of the adapter now being injected share.
         self._status = ScheduleStatus()
+        self._shared = shared_weights(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _warn_about_unmatched_patterns(self.peft_config[adapter_name], self.targeted_module_names)
         adapted = [(layer, adapter_name) for layer in pst_layers(model) if adapter_name in layer.pst_plans]
         for unit in units((layer, name, layer.pst_plans[name].target_sparsity) for layer, name in adapted):
             unit.check()
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        """PEFT warns by name of layers that may be tied; those that are are refused by identity when adapted."""
+
+    def _check_merge_allowed(self) -> None:
+        shared = shared_weights(self.model)
+        for layer in pst_layers(self.model):
+            _check_untied(shared.get((layer.get_base_layer(), "weight")), layer.module_name, "Merging")
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT puts new parameters in the place of half-precision ones, and forgets which of them were frozen.
@@ -160,18 +171,13 @@ def _check_complete(layers: set[str], missing: str, consequence: str) -> None:
         )
 
 
-def _check_supported(target: nn.Module, parent: nn.Module, name: str) -> None:
-    if isinstance(target, BaseTunerLayer):
+def _check_untied(places: list[str] | None, name: str, occasion: str) -> None:
+    if places:
         raise ValueError(
-            f"Module {name} already carries a {type(target).__module__} adapter. PST replaces the base weight by a "
-            "masked one and cannot be nested; merge or unload the other adapter first, or exclude the module."
-        )
-    if not supports(target, parent):
-        raise ValueError(
-            f"Target module {name} ({type(target).__name__}) is not supported. PST adapts torch.nn.Linear and "
-            "transformers' Conv1D with floating-point weights, except inside torch.nn.MultiheadAttention and "
-            "torch.nn.TransformerEncoderLayer, which read the weights without calling the layer, so that an adapter "
-            "would have no effect; take it out of target_modules or dequantise it."
+            f"{occasion} {name} is refused: {' and '.join(places)} are one tensor, so a mask would prune all of them. "
+            "Untie them before adapting (model.config.tie_word_embeddings = False; "
+            "other.weight = torch.nn.Parameter(other.weight.detach().clone())), or leave the module out of "
+            "target_modules."
         )
 
 

@@ -1,0 +1,84 @@
+"""Layers that are no plain linear map: they run as ever, with the masked weight in the place of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .config import PSTConfig
+from .module import PSTModule
+
+
+@contextmanager
+def in_place_of_own(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module compute with other weights than its own for one call.
+
+    Args:
+        module: any module.
+        weights: tensors of the shapes of its parameters, by their names; they may have a graph behind them.
+
+    Example:
+        >>> linear = nn.Linear(2, 1, bias=False)
+        >>> with in_place_of_own(linear, {"weight": torch.tensor([[1.0, 2.0]])}):
+        ...     y = linear(torch.ones(2))
+        >>> y.item(), type(linear.weight).__name__
+        (3.0, 'Parameter')
+    """
+    parameters: dict[str, Any] = module._parameters
+    own = {name: parameters[name] for name in weights}
+    parameters.update(weights)  # under the names that are there, so that their order stays
+    try:
+        yield
+    finally:
+        parameters.update(own)
+
+
+class PSTSwapped(PSTModule):
+    """PST on a layer that is called with its masked weight in place, so that all its options and hooks hold."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        names = self._names_in_force()
+        if not names:
+            return self.base_layer(*args, **kwargs)
+        with in_place_of_own(self._base, {"weight": self._as_stored(self._weight_in_force(names))}):
+            return self.base_layer(*args, **kwargs)
+
+
+class PSTConv(PSTSwapped):
+    """PST on `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`: a row for each output channel.
+
+    The matrix is (out_channels, in_channels / groups * kernel size): the weight with all dimensions but the first made
+    one. Stride, padding of every mode, dilation and groups are the base layer's own.
+    """
+
+    def _as_matrix(self, stored: Tensor) -> Tensor:
+        return stored.flatten(1)
+
+    def _as_stored(self, matrix: Tensor) -> Tensor:
+        stored = self._stored
+        weight = matrix.reshape(stored.shape)
+        if stored.is_contiguous():
+            return weight
+        layout = torch.channels_last if stored.dim() == 4 else torch.channels_last_3d
+        return weight.contiguous(memory_format=layout)
+
+
+class PSTEmbedding(PSTSwapped):
+    """PST on `nn.Embedding`: a row for each token, a column for each dimension; (num_embeddings, embedding_dim).
+
+    Rows take no part in a product here, so a zero is a dimension that a token does without; R is the importance of
+    tokens, C that of dimensions. A token that no batch holds gets no gradient, and is ranked by its magnitudes, the
+    update that V gives it and C. The row of `padding_idx` gets no gradient and no update, but is pruned as any other.
+    """
+
+    @torch.no_grad()
+    def _reset_parameters(self, adapter_name: str, config: PSTConfig) -> None:
+        super()._reset_parameters(adapter_name, config)
+        padding, factors = self._base.padding_idx, cast("nn.ParameterDict", self.pst_U)
+        if padding is not None and adapter_name in factors:
+            # Its gradient is zero for ever, so it stays where it starts.
+            factors[adapter_name][padding] = 0.0

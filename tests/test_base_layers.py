@@ -1,0 +1,341 @@
+"""Every kind of base layer beside the linear one, through every operation, against the formulas."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
+from tiny_models import assert_same_tensors, shake, snapshot
+from torch import Tensor, nn
+
+from peft_pst import PSTConfig, PSTLayer, num_pruned, prune_once, report_model, update_sparsity
+
+LETTERS = "UVABRCS"
+
+
+@dataclass
+class Case:
+    """A layer, a batch for it, and what it computes with a given weight, (rows, columns) of its matrix."""
+
+    make: Callable[[], nn.Module]
+    batch: Tensor
+    compute: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    shape: tuple[int, int]
+
+
+def convolution(number: int, size: int = 7, **options: object) -> Case:
+    kind, function = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d), 3: (nn.Conv3d, F.conv3d)}[number]
+    options = {"kernel_size": 3, "bias": True, **options}
+    groups = options.get("groups", 1)
+
+    def compute(base: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+        padding, mode = base._reversed_padding_repeated_twice, base.padding_mode
+        x = F.pad(x, padding, mode="constant" if mode == "zeros" else mode)
+        kernel = weight.reshape(base.weight.shape)
+        bias = None if base.bias is None else base.bias.detach().to(x.dtype)
+        return function(x, kernel, bias, base.stride, 0, base.dilation, base.groups)
+
+    batch = torch.randn(2, 4, *[size] * number, generator=torch.Generator().manual_seed(1))
+    return Case(lambda: kind(4, 6, **options), batch, compute, (6, 4 // groups * options["kernel_size"] ** number))
+
+
+def embedding(**options: object) -> Case:
+    def compute(base: nn.Module, weight: Tensor, ids: Tensor) -> Tensor:
+        return F.embedding(ids, weight, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+
+    return Case(lambda: nn.Embedding(11, 6, **options), torch.tensor([[1, 3, 3, 0], [9, 2, 0, 3]]), compute, (11, 6))
+
+
+def channels_last() -> Case:
+    case = convolution(2)
+    make = case.make
+    case.make = lambda: make().to(memory_format=torch.channels_last)
+    return case
+
+
+CASES = {
+    "conv1d": convolution(1),
+    "conv1d same": convolution(1, padding="same", dilation=2),
+    "conv2d": convolution(2),
+    "conv2d strided, reflecting": convolution(2, stride=2, padding=1, padding_mode="reflect", bias=False),
+    "conv2d grouped, circular": convolution(2, groups=2, padding=(1, 2), padding_mode="circular"),
+    "conv2d channels last": channels_last(),
+    "conv3d dilated, replicating": convolution(3, size=5, dilation=2, padding=1, padding_mode="replicate"),
+    "embedding": embedding(),
+    "embedding with padding": embedding(padding_idx=0),
+    "embedding by frequency": embedding(scale_grad_by_freq=True),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+class Model(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.layer = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def plain(case: Case, dtype: torch.dtype = torch.float32) -> Model:
+    torch.manual_seed(0)
+    return Model(case.make()).to(dtype).eval()
+
+
+def batch(case: Case, dtype: torch.dtype = torch.float32) -> Tensor:
+    return case.batch.to(dtype) if case.batch.is_floating_point() else case.batch
+
+
+def adapted(case: Case, dtype: torch.dtype = torch.float32, **options: object) -> PeftModel:
+    options = {"target_modules": ["layer"], "target_sparsity": 0.6, "r": 2, "score_rank": 3, "residual": 5, **options}
+    model = get_peft_model(plain(case, dtype), PSTConfig(**options))
+    shake(model, seed=3)
+    update_sparsity(model, 10, 10)
+    return model.eval()
+
+
+def layer_of(model: nn.Module) -> PSTLayer:
+    return next(module for module in model.modules() if isinstance(module, PSTLayer))
+
+
+@torch.no_grad()
+def output(model: nn.Module, case: Case) -> Tensor:
+    return model(batch(case, next(model.parameters()).dtype))
+
+
+def matrix(layer: PSTLayer) -> Tensor:
+    return layer.get_base_layer().weight.detach().flatten(1)
+
+
+def oracle_adapter(layer: PSTLayer, name: str) -> oracle.Adapter:
+    factors, config = layer.get_factors(name), layer.pst_plans[name].config
+    leaves = {
+        letter: tensor.detach().double().requires_grad_()
+        for letter, tensor in zip(LETTERS, factors.tensors, strict=True)
+        if tensor is not None
+    }
+    scales = {"beta": config.beta, "alpha1": config.alpha1, "alpha2": config.alpha2}
+    return oracle.Adapter(**leaves, positions=factors.positions, **scales, count=layer.get_num_pruned(name))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    difference, size = (actual.double() - expected.double()).norm(), expected.double().norm()
+    return 0.0 if difference == 0 else (difference / size).item()
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("names", [["default"], ["default", "second"]], ids=["one adapter", "two adapters"])
+def test_output_and_gradients_against_the_formulas(case: Case, dtype: torch.dtype, names: list[str]) -> None:
+    model = adapted(case, dtype)
+    if len(names) > 1:
+        second = PSTConfig(target_modules=["layer"], target_sparsity=0.4, initial_sparsity=0.4, beta=0.5, r=1)
+        model.add_adapter("second", second)
+        model.base_model.set_adapter(names)
+        shake(model, seed=4)
+    layer, x = layer_of(model), batch(case, dtype)
+    assert (layer.out_features, layer.in_features) == case.shape
+    y = model.train()(x)
+    gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    y.backward(gradient)
+
+    adapters = [oracle_adapter(layer, name) for name in names]
+    masks = [layer.get_mask(name) for name in names]
+    for name, adapter, mask in zip(names, adapters, masks, strict=True):
+        assert int((~mask).sum()) == layer.get_num_pruned(name) == adapter.count > 0
+        if dtype == torch.float64:
+            assert torch.equal(mask, oracle.mask(oracle.scores(matrix(layer), adapter), adapter.count))
+    exact = x.double() if x.is_floating_point() else x
+    weight = oracle.effective_weight(matrix(layer).double(), adapters, masks)
+    expected = case.compute(layer.get_base_layer(), weight, exact)
+    expected.backward(gradient.double())
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert relative_error(y, expected) <= tolerance
+    for name, adapter in zip(names, adapters, strict=True):
+        for letter, tensor in adapter.tensors.items():
+            assert relative_error(getattr(layer, f"pst_{letter}")[name].grad, tensor.grad) <= tolerance, letter
+
+
+@every_case
+def test_the_input_gradient_passes_when_everything_is_frozen(case: Case) -> None:
+    if not case.batch.is_floating_point():
+        pytest.skip("indices have no gradient")
+    model = adapted(case)
+    x = batch(case).requires_grad_()
+    model(x).sum().backward()
+    expected, x.grad = x.grad, None
+    model.requires_grad_(False)
+    model(x).sum().backward()
+    assert relative_error(x.grad, expected) <= 1e-6
+
+
+@every_case
+def test_merged_unmerged_disabled_and_unloaded(case: Case) -> None:
+    base, model = plain(case), adapted(case)
+    before, dense = output(model, case), output(base, case)
+    assert not torch.allclose(before, dense)
+    with model.disable_adapter():
+        assert torch.equal(output(model, case), dense)
+    model.merge_adapter(safe_merge=True)
+    assert torch.equal(output(model, case), before)
+    layer = layer_of(model)
+    zeros = int((layer.get_base_layer().weight == 0).sum())
+    assert zeros == layer.get_num_pruned("default") == num_pruned(layer.num_weights, 0.6)
+    assert layer.get_base_layer().weight.stride() == base.layer.weight.stride()
+    model.unmerge_adapter()
+    assert torch.equal(layer.get_base_layer().weight, base.layer.weight)
+    assert torch.equal(output(model, case), before)
+    merged = model.merge_and_unload()
+    assert type(merged.layer) is type(base.layer)
+    assert torch.equal(output(merged, case), before)
+    assert list(merged.state_dict()) == list(base.state_dict())
+
+
+@every_case
+def test_report_and_save_and_load(case: Case, tmp_path: Path) -> None:
+    model = adapted(case)
+    (row,) = report_model(model).layers
+    assert row.shape == case.shape
+    assert row.zeros == row.promised == num_pruned(row.weights, 0.6)
+    model.merge_adapter()
+    assert report_model(model).layers == (row,)
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(plain(case), str(tmp_path)).eval()
+    assert torch.equal(output(loaded, case), output(model, case))
+    assert_same_tensors(snapshot(loaded), snapshot(model))
+
+
+@every_case
+def test_held_masks_stay_while_weights_move(case: Case) -> None:
+    model = adapted(case, mask_interval=None, target_sparsity=0.0, residual=0)
+    assert prune_once(model, 0.5) == num_pruned(layer_of(model).num_weights, 0.5) / layer_of(model).num_weights
+    mask = layer_of(model).get_mask("default")
+    shake(model, seed=9)
+    assert torch.equal(layer_of(model).get_mask("default"), mask)
+    assert torch.equal(layer_of(model).get_masked_weight() == 0, ~mask)
+
+
+@every_case
+def test_copies_and_pickles_are_layers_of_their_own(case: Case) -> None:
+    model = adapted(case)
+    expected = output(model, case)
+    twin = copy.deepcopy(model)
+    shake(model, seed=5)
+    assert torch.equal(output(twin, case), expected)
+    stored = io.BytesIO()
+    torch.save(twin, stored)
+    stored.seek(0)
+    assert torch.equal(output(torch.load(stored, weights_only=False), case), expected)
+
+
+@every_case
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(case: Case, context: Callable) -> None:
+    model, x = adapted(case), batch(case)
+    expected = model(x).detach()
+    for training in (True, False):
+        with context():
+            y = model.train(training)(x)
+        assert not y.requires_grad
+        assert torch.equal(y, expected)
+    model(x).sum().backward()
+    assert layer_of(model).pst_V["default"].grad is not None
+
+
+@every_case
+def test_bfloat16_and_autocast(case: Case) -> None:
+    model = adapted(case, torch.bfloat16)
+    assert relative_error(output(model, case), output(adapted(case), case)) <= 2**-5
+    wide = adapted(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = wide(batch(case))
+        y.float().sum().backward()
+    assert relative_error(y, output(wide, case)) <= 2**-6
+    assert layer_of(wide).pst_V["default"].grad.dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["conv2d", "conv2d grouped, circular", "embedding"])
+def test_a_training_step_compiles_into_one_graph(name: str) -> None:
+    case = CASES[name]
+    model = adapted(case, residual=0)
+    x = batch(case)
+    model.train()(x).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    torch._dynamo.reset()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
+    for name, gradient in expected.items():
+        assert relative_error(model.get_parameter(name).grad, gradient) <= 1e-5, name
+
+
+def test_hooks_on_the_base_layer_run() -> None:
+    model, case, seen = adapted(CASES["conv2d"]), CASES["conv2d"], []
+    layer_of(model).get_base_layer().register_forward_hook(lambda *arguments: seen.append(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output(model, case)
+    assert seen
+
+
+def test_a_forward_of_the_bases_own_is_kept() -> None:
+    """Scaled embeddings, as some language models have them, stay scaled."""
+
+    class Scaled(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) * 3.0
+
+    case = embedding()
+    case.make = lambda: Scaled(11, 6)
+    model = adapted(case)
+    assert torch.equal(output(model, case), 3.0 * F.embedding(case.batch, layer_of(model).get_masked_weight()))
+
+
+def test_the_padding_row_is_never_updated() -> None:
+    case = embedding(padding_idx=0)
+    torch.manual_seed(0)
+    base = case.make()
+    model = get_peft_model(Model(base), PSTConfig(target_modules=["layer"], r=2, residual=66, target_sparsity=0.0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        model(case.batch).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weight = layer_of(model).get_masked_weight()
+    assert torch.equal(weight[0], base.weight[0])
+    assert not torch.allclose(weight[3], base.weight[3])
+
+
+def test_an_error_leaves_the_base_its_own_weight() -> None:
+    model = adapted(CASES["embedding"])
+    own = layer_of(model).get_base_layer().weight
+    with pytest.raises(IndexError):
+        model(torch.tensor([99]))
+    assert layer_of(model).get_base_layer().weight is own
+
+
+@pytest.mark.parametrize(
+    ("layer", "match"),
+    [
+        (nn.ConvTranspose2d(4, 6, 3), r"layer \(ConvTranspose2d\).*by input channel.*target_modules"),
+        (nn.Embedding(5, 4, max_norm=1.0), r"max_norm=1\.0 rescales"),
+        (nn.Embedding(5, 4, sparse=True), "sparse=True.*set sparse to False"),
+        (nn.EmbeddingBag(5, 4), r"EmbeddingBag\) is not supported: PST adapts torch\.nn\.Linear"),
+        (nn.LazyConv2d(4, 3), "has no shape yet"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)), "parametrization.*remove_parametrizations"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_cannot_be_pruned_is_refused_with_the_reason(layer: nn.Module, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        get_peft_model(Model(layer), PSTConfig(target_modules=["layer"]))
