@@ -192,7 +192,7 @@ def _check_governed(
                 f"{group.name}: {idle} of {group.num_groups} {group.kind} do nothing, but no setting of "
                 f"{type(model.config).__name__} changes their number and nothing else, so they have to stay as zeros. "
                 "(Where a head is as wide as the hidden size divided by the number of heads, fewer heads are wider.) "
-                f"shrink(model, find_{other}(model)) removes {other} alone."
+                f"Shrink the {other} alone: shrink(model, find_{other}(model)), or --only {other} on the command line."
             )
 
 

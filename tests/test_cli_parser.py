@@ -9,6 +9,7 @@ from peft_pst.cli.console import quiet_transformers
 REQUIRED = {
     "train": ["--model_name_or_path", "m", "--output_dir", "o"],
     "merge": ["adapter", "output"],
+    "shrink": ["checkpoint", "output"],
     "report": ["adapter"],
     "demo": [],
 }

@@ -11,6 +11,7 @@ from .errors import UserError
 COMMANDS = {
     "train": "fine-tune and prune a model",
     "merge": "turn an adapter into a pruned checkpoint that stock transformers load",
+    "shrink": "remove the heads and neurons that do nothing from a pruned checkpoint",
     "report": "count the zeros of an adapter or a checkpoint",
     "demo": "fine-tune, prune, merge and reload a small real model on real data",
 }

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import CONFIG_NAME
 
 from ..report import REPORT_NAME, SparsityReport, report_checkpoint, report_model
 from .base import load_tokenizer
@@ -20,7 +19,7 @@ from .errors import UserError
 from .labels import Labels
 from .loading import load_adapted_model, read_adapter_config
 from .parser import OneLineParser
-from .replace import replaced_folder
+from .replace import check_checkpoint_folder, replaced_folder
 from .report import print_text
 
 _DESCRIPTION = """\
@@ -38,7 +37,7 @@ def run(argv: list[str]) -> None:
     folders = [Path(options.adapter, *([name] if name else [])) for name in options.adapter_name or [None]]
     output = Path(options.output).resolve()
     base = options.base_model or read_adapter_config(folders[0]).base_model_name_or_path
-    _check_output(output, options.overwrite, sources=[*folders, *([Path(base)] if base else [])])
+    check_checkpoint_folder(output, options.overwrite, sources=[*folders, *([Path(base)] if base else [])])
     try:
         with plain_warnings(), replaced_folder(output) as folder:
             report = _write_merged(folders, folder, options)
@@ -75,21 +74,6 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint that OUTPUT holds")
     return parser
-
-
-def _check_output(output: Path, overwrite: bool, sources: list[Path]) -> None:
-    """Refuse to replace what is no checkpoint, what was not to be replaced, and what is read."""
-    if output.is_file():
-        raise UserError(f"{output} is a file; pass a folder.")
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    for source in sources:
-        if source.exists() and source.resolve().is_relative_to(output):
-            raise UserError(f"{output} cannot be written, because {source} is read from it; pass another folder.")
-    if not overwrite:
-        raise UserError(f"{output} exists already; pass another folder, or --overwrite to replace it.")
-    if not (output / CONFIG_NAME).is_file():
-        raise UserError(f"{output} holds something else than a checkpoint, so it is not replaced; pass another folder.")
 
 
 def _write_merged(adapters: list[Path], output: Path, options: argparse.Namespace) -> SparsityReport:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from transformers.utils import CONFIG_NAME
 
 from .errors import UserError
 
@@ -74,6 +76,30 @@ def check_writable(output: Path, option: str) -> None:
     except OSError as error:
         problem = str(error.strerror)
     raise UserError(f"cannot write to {str(output)!r}: {problem}; name another folder with --{option}.")
+
+
+def check_checkpoint_folder(output: Path, overwrite: bool, sources: Iterable[Path]) -> None:
+    """Refuse to replace what is no checkpoint, what was not to be replaced, and what is read.
+
+    Args:
+        output: the folder to be written, an absolute path.
+        overwrite: whether a checkpoint there may be replaced.
+        sources: folders that are read.
+
+    Raises:
+        UserError: if it must not be written.
+    """
+    if output.is_file():
+        raise UserError(f"{output} is a file; pass a folder.")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    for source in sources:
+        if source.exists() and source.resolve().is_relative_to(output):
+            raise UserError(f"{output} cannot be written, because {source} is read from it; pass another folder.")
+    if not overwrite:
+        raise UserError(f"{output} exists already; pass another folder, or --overwrite to replace it.")
+    if not (output / CONFIG_NAME).is_file():
+        raise UserError(f"{output} holds something else than a checkpoint, so it is not replaced; pass another folder.")
 
 
 def _swap(new: Path, output: Path) -> None:
