@@ -32,6 +32,16 @@ class Ranked(NamedTuple):
     most: int
 
 
+def most_pruned(groups: int, min_kept: float) -> int:
+    """How many of some groups may be pruned if a fraction of them stays, rounded down, and one at least.
+
+    Example:
+        >>> most_pruned(100, 0.05), most_pruned(4, 0.05)
+        (95, 3)
+    """
+    return groups - max(1, int(min_kept * groups))
+
+
 def split_budget(matrices: Sequence[Ranked], total: int) -> list[int]:
     """How many groups of each matrix are pruned, if the lowest scores of all go until `total` entries are zero.
 

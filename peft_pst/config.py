@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from peft.config import PeftConfig
 
-from .patterns import Coupled, NofM, parse_pattern
+from .patterns import Coupled, NofM, Pattern, parse_pattern
 from .schedule import COOLDOWN_RATIO, WARMUP_RATIO, check_sparsity
 
 
@@ -55,6 +55,9 @@ class PSTConfig(PeftConfig):
         min_kept: with scope="global", the fraction of each matrix that stays whatever its scores, in (0, 1).
         parts: into how many matrices, one below the other, a module's weight is divided for the ranking, by module,
             {name or regular expression: number}; {"c_attn": 3} ranks GPT-2's queries, keys and values apart.
+        projections: what the matrices of heads and neurons are called where a model's names are not known, as ends of
+            their names: {"neurons": [{"inputs": ["gate", "up"], "output": "down"}]}, and for "heads" query, key and
+            value as inputs.
         r: rank of the weight update U V; 0 trains importance alone.
         score_rank: rank of the low-rank importance A B; 0 leaves it out.
         structured: whether to learn one importance per row (R) and per column (C).
@@ -136,6 +139,10 @@ class PSTConfig(PeftConfig):
     parts: dict[str, int] = field(
         default_factory=dict,
         metadata={"help": "Matrices that a fused one is made of, by module name or regular expression; ranked apart."},
+    )
+    projections: dict[str, list[dict[str, Any]]] = field(
+        default_factory=dict,
+        metadata={"help": "What the matrices of heads and neurons are called, where they are not found by themselves."},
     )
     r: int = field(default=8, metadata={"help": "Rank of the weight update U V; 0 trains importance alone."})
     score_rank: int = field(default=8, metadata={"help": "Rank of the low-rank importance A B; 0 leaves it out."})
@@ -328,7 +335,7 @@ def _check_count(name: str, value: object, what: str) -> None:
 
 
 def _check_kinds(config: PSTConfig) -> None:
-    for name in ("sparsity_pattern", "parts", "rank_pattern", "residual_pattern", "score_rank_pattern"):
+    for name in ("sparsity_pattern", "parts", "projections", "rank_pattern", "residual_pattern", "score_rank_pattern"):
         if getattr(config, name) is None:
             setattr(config, name, {})
         if not isinstance(getattr(config, name), dict):
@@ -391,6 +398,7 @@ def _check_pattern_and_scope(config: PSTConfig) -> None:
             f"min_kept={config.min_kept} of each matrix is more than target_sparsity={config.target_sparsity} leaves; "
             "lower one of the two."
         )
+    _check_projections(config, pattern)
     if isinstance(pattern, Coupled) and config.keep_zeros:
         raise ValueError(
             f"keep_zeros=True cannot be combined with pattern={config.pattern!r}, which prunes whole groups over "
@@ -398,6 +406,23 @@ def _check_pattern_and_scope(config: PSTConfig) -> None:
         )
     if isinstance(pattern, NofM):
         _check_n_of_m(config, pattern, is_global)
+
+
+def _check_projections(config: PSTConfig, pattern: Pattern) -> None:
+    kinds = pattern.kinds if isinstance(pattern, Coupled) else ()
+    for kind, named in config.projections.items():
+        if kind not in kinds:
+            raise ValueError(
+                f"projections[{kind!r}] names matrices of groups that pattern={config.pattern!r} does not prune; there "
+                'are "heads" and "neurons".'
+            )
+        for one in named if isinstance(named, list) else [named]:
+            known = isinstance(one, dict) and {"inputs", "output"} <= set(one) <= {"inputs", "output", "interleaved"}
+            if not known or not _are_names(one["inputs"]) or not isinstance(one["output"], str):
+                raise ValueError(
+                    f"projections[{kind!r}] holds {one!r}; pass a list of dicts such as "
+                    '{"inputs": ["gate", "up"], "output": "down"}.'
+                )
 
 
 def _check_n_of_m(config: PSTConfig, pattern: NofM, is_global: bool) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .architecture import find_heads
-from .coupling import CoupledGroups, group_masks, group_scores
+from .coupling import group_masks, group_scores
+from .group_selection import adapted_groups
 from .layer import PSTLayer
 from .masking import select_mask
 from .model import active_adapters
@@ -53,7 +54,7 @@ def prune_heads(model: nn.Module, count: int) -> dict[str, list[int]]:
     """
     adapter_name = _only_adapter(model)
     layers = {layer.module_name: layer for layer, _ in active_adapters(model)}
-    attentions = _adapted(find_heads(model), layers)
+    attentions = adapted_groups(find_heads(model), layers)
     for attention in attentions:
         if not 0 <= count < attention.num_groups:
             raise ValueError(
@@ -71,24 +72,6 @@ def prune_heads(model: nn.Module, count: int) -> dict[str, list[int]]:
             in_force = layers[name].get_mask(adapter_name)
             layers[name].set_mask(adapter_name, in_force & mask.to(in_force.device))
     return {attention.name: (~keep).nonzero().squeeze(1).tolist() for attention, keep in kept.items()}
-
-
-def _adapted(attentions: list[CoupledGroups], layers: dict[str, PSTLayer]) -> list[CoupledGroups]:
-    """The attention layers of which all projections are adapted."""
-    adapted = [attention for attention in attentions if any(name in layers for name in attention.modules)]
-    for attention in adapted:
-        missing = [name for name in attention.modules if name not in layers]
-        if missing:
-            raise ValueError(
-                f"{missing} are not adapted, but the rest of their attention layer is; a head can only be dropped as a "
-                "whole. Add them to target_modules."
-            )
-    if not adapted:
-        raise ValueError(
-            f"None of the adapted layers belongs to an attention layer; the model has {attentions[0].name} and others. "
-            "Add its projections to target_modules."
-        )
-    return adapted
 
 
 def _update_in_force(layer: PSTLayer, adapter_name: str) -> Tensor:

@@ -5,10 +5,11 @@ What runs forward, and in which form a kind of base layer stores its matrix, is 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .config import PSTConfig
+from .coupling import CoupledGroups
 from .fingerprint import fingerprint, identity, optimizer_steps
 from .graph import register_layer, traced_packed_mask
 from .masked_linear import Pruner, effective_weight
@@ -25,7 +27,7 @@ from .masking import check_num_pruned, check_zeros, count_zeros, pack_mask, unpa
 from .patterns import Coupled, Pattern, Size, parse_pattern
 from .residual import check_positions, residual_positions
 from .scoring import Factors, add_update, base_scores, score_dtype
-from .selection import group_scores, select_adapter_mask
+from .selection import group_scores, select_adapter_mask, selection_scores
 from .sharding import copy_of, is_gathered_for_forward, is_sharded, replace_values, whole
 
 
@@ -65,6 +67,7 @@ class LayerPlan:
     num_parts: int
     target_sparsity: float
     shares_target: bool  # whether the target is one that several matrices reach together
+    groups: tuple[CoupledGroups, ...]  # heads or neurons that lie in the matrix
     r: int
     residual: int
     score_rank: int
@@ -78,8 +81,10 @@ class LayerPlan:
         def resolve(pattern: dict[str, Any], default: Any) -> Any:
             return pattern.get(get_pattern_key(list(pattern), module_name), default)
 
-        num_parts = resolve(config.parts, num_parts)
-        part, pattern = (shape[0] // num_parts, shape[1]), parse_pattern(config.pattern)
+        pattern = parse_pattern(config.pattern)
+        # Coupled groups are ranked over all rows that they have anywhere.
+        num_parts = 1 if isinstance(pattern, Coupled) else resolve(config.parts, num_parts)
+        part = (shape[0] // num_parts, shape[1])
         own_target = get_pattern_key(list(config.sparsity_pattern), module_name) in config.sparsity_pattern
         plan = cls(
             config,
@@ -89,6 +94,7 @@ class LayerPlan:
             size=pattern.size(part),
             num_parts=num_parts,
             shares_target=config.scope == "global" and not own_target,
+            groups=(),
             target_sparsity=resolve(config.sparsity_pattern, config.target_sparsity),
             r=resolve(config.rank_pattern, config.r),
             residual=resolve(config.residual_pattern, config.residual),
@@ -111,6 +117,28 @@ class LayerPlan:
     def num_weights(self) -> int:
         """Number of entries of all parts."""
         return self.num_parts * self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity_at_start(self) -> float:
+        """What is in force from the moment the adapter exists."""
+        changes_nothing_dense = self.config.init_weights is False and not self.r and not self.residual
+        return (
+            self.target_sparsity if changes_nothing_dense else min(self.config.initial_sparsity, self.target_sparsity)
+        )
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether masks are selected over several matrices, if the matrix is pruned at all."""
+        return isinstance(self.pattern, Coupled)
+
+    def coupled_by(self, groups: Sequence[CoupledGroups], module_name: str) -> LayerPlan:
+        """The same plan for a matrix in which these groups lie, or which stays dense if there are none."""
+        if not groups:
+            return replace(self, target_sparsity=0.0)
+        parts = [part for coupled in groups for part in coupled.parts if part.module == module_name]
+        lines = math.gcd(*(number for part in parts for number in (part.width, part.start)))
+        size = (lines, self.shape[1]) if parts[0].axis == 0 else (self.shape[0], lines)
+        return replace(self, groups=tuple(groups), size=size)
 
     def counts_at(self, sparsity: float) -> tuple[int, ...]:
         """How many entries of each part are zero at a sparsity."""
@@ -229,11 +257,8 @@ class PSTLayer(BaseTunerLayer):
         self._reset_parameters(adapter_name, config)
         if plan.residual:
             self.pst_positions[adapter_name] = self._choose_positions(adapter_name)
-        changes_nothing_dense = config.init_weights is False and not plan.r and not plan.residual
-        sparsity = plan.target_sparsity if changes_nothing_dense else config.initial_sparsity
         # Coupled matrices are pruned once all of them are there.
-        coupled = isinstance(plan.pattern, Coupled)
-        counts = (0,) * plan.num_parts if coupled else self.counts_at(adapter_name, sparsity)
+        counts = (0,) if plan.is_coupled else self.counts_at(adapter_name, plan.sparsity_at_start)
         self.pst_num_pruned[adapter_name] = _count_buffer(counts)
         if config.holds_mask:
             self.pst_mask[adapter_name] = pack_mask(torch.ones(out * in_, dtype=torch.bool))
@@ -522,6 +547,22 @@ class PSTLayer(BaseTunerLayer):
             # The base's zeros are known by being zero, so nothing else may be.
             update = update.abs().clamp_(min=torch.finfo(update.dtype).tiny).masked_fill_(self._dense() == 0, 0)
         return update, Factors()
+
+    def get_importance(self, adapter_name: str, by: Criterion = "scores") -> Tensor:
+        """What each weight is ranked by, (out, in), in score precision; higher means kept."""
+        with outside_any_graph(self._stored.device):
+            return selection_scores(
+                *self._ranked(adapter_name, by), keep_zeros=self.pst_plans[adapter_name].config.keep_zeros
+            )
+
+    def get_spread(self, rows: slice = slice(None)) -> Tensor:
+        """Root mean square of some rows of the base weight, a scalar; 1 if they are all zero.
+
+        Scores are divided by it where they meet those of another matrix.
+        """
+        weight = self.get_dense_weight()[rows]
+        norm = torch.linalg.vector_norm(weight, dtype=score_dtype(weight.dtype))
+        return (norm / weight.numel() ** 0.5).where(norm > 0, 1)
 
     def get_update(self, adapter_name: str) -> Tensor:
         """What one adapter adds to the base weight before masking, beta U V + S, (out, in), in score precision."""

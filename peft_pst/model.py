@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
+from .group_selection import couple
 from .kinds import kind_of
 from .layer import LayerPlan, PSTLayer, ScheduleStatus
 from .loading import check_stored_adapter
@@ -110,9 +111,7 @@ class PSTModel(BaseTuner):
         self._shared = shared_weights(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _warn_about_unmatched_patterns(self.peft_config[adapter_name], self.targeted_module_names)
-        adapted = [(layer, adapter_name) for layer in pst_layers(model) if adapter_name in layer.pst_plans]
-        for unit in units((layer, name, layer.pst_plans[name].target_sparsity) for layer, name in adapted):
-            unit.check()
+        _prepare_selection(model, adapter_name)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         """PEFT warns by name of layers that may be tied; those that are are refused by identity when adapted."""
@@ -161,6 +160,23 @@ class PSTModel(BaseTuner):
                 "so the batch would need one product per adapter. Call set_adapter() and run one batch per adapter."
             )
         yield
+
+
+def _prepare_selection(model: nn.Module, adapter_name: str) -> None:
+    """Once all layers are there: see which are selected together and whether they can be, and start them."""
+    layers = {layer.module_name: layer for layer in pst_layers(model) if adapter_name in layer.pst_plans}
+    if not layers:
+        return  # PEFT says so
+    couple(model, adapter_name, layers)
+    plans = {name: layer.pst_plans[adapter_name] for name, layer in layers.items()}
+    for unit in units((layers[name], adapter_name, plan.target_sparsity) for name, plan in plans.items()):
+        unit.check()
+    has_data = not any(layer.get_base_layer().weight.is_meta for layer in layers.values())
+    coupled = [(layers[name], adapter_name, plan.sparsity_at_start) for name, plan in plans.items() if plan.groups]
+    for unit in units(coupled):
+        if has_data and unit.sparsity:
+            for layer, name, change in unit.prepare():
+                layer.put_in_force(name, change)
 
 
 def _check_complete(layers: set[str], missing: str, consequence: str) -> None:
@@ -248,7 +264,7 @@ def _scheduled_sparsity(plan: LayerPlan, step: int, total_steps: int | None) -> 
         step,
         total,
         target_sparsity=plan.target_sparsity,
-        initial_sparsity=config.initial_sparsity,
+        initial_sparsity=min(config.initial_sparsity, plan.target_sparsity),  # some stay dense
         warmup_ratio=config.warmup_ratio,
         cooldown_ratio=config.cooldown_ratio,
     )

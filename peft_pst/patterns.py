@@ -208,11 +208,13 @@ class Coupled:
         """Refused by the configuration already."""
 
     def select(self, scores: Tensor, count: int) -> Tensor:
-        """Refused: one matrix does not know what the others of its groups score.
+        """Everything stays. To prune is refused: one matrix does not know what the others of its groups score.
 
         Raises:
-            RuntimeError: always.
+            RuntimeError: unless `count` is 0.
         """
+        if count == 0:
+            return select_mask(scores, 0)
         raise RuntimeError(
             f"pattern {self.name!r} couples matrices, so the mask of one cannot be selected by itself; use "
             "update_sparsity(model, ...) or prune_once(model, ...)."

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import checkpoint_files, floating_tensors
+from .group_selection import entries
 from .layer import PSTLayer
 from .masking import count_zeros, num_pruned
 from .model import pst_layers
@@ -42,6 +43,8 @@ class LayerSparsity:
         zeros: entries that are exactly zero, counted in the tensor.
         promised: zeros that the adapter says are there, from its state; None where no adapter is known.
         target_sparsity: fraction of zeros to be reached at the end, in [0, 1); None where no adapter is known.
+        target_zeros: what that comes to, where it is not `num_pruned(weights, target_sparsity)`, as with whole groups.
+        shares_target: whether the matrices that share it have that fraction together, each more or less.
         transposed: whether the tensor is stored as (in, out), as transformers' `Conv1D` does.
     """
 
@@ -51,6 +54,8 @@ class LayerSparsity:
     promised: int | None = None
     target_sparsity: float | None = None
     transposed: bool = False
+    target_zeros: int | None = None
+    shares_target: bool = False
 
     @property
     def weights(self) -> int:
@@ -68,9 +73,16 @@ class LayerSparsity:
         return 0 if self.promised is None else max(0, self.promised - self.zeros)
 
     @property
+    def promised_at_target(self) -> int:
+        """Zeros that the target asks for; 0 where none is known."""
+        if self.target_zeros is None:
+            return num_pruned(self.weights, self.target_sparsity or 0.0)
+        return self.target_zeros
+
+    @property
     def misses_target(self) -> bool:
-        """Whether there are fewer zeros than the target asks for."""
-        return self.target_sparsity is not None and self.zeros < num_pruned(self.weights, self.target_sparsity)
+        """Whether there are fewer zeros than the target asks for, unless it is not this matrix's alone."""
+        return not self.shares_target and self.zeros < self.promised_at_target
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,7 @@ class SparsityReport:
         """Fraction of zeros in `layers` once each has reached its target; None where a target is not known."""
         if not self.weights or any(layer.target_sparsity is None for layer in self.layers):
             return None
-        return sum(num_pruned(layer.weights, layer.target_sparsity or 0.0) for layer in self.layers) / self.weights
+        return sum(layer.promised_at_target for layer in self.layers) / self.weights
 
     @property
     def lost_zeros(self) -> tuple[LayerSparsity, ...]:
@@ -130,7 +142,9 @@ class SparsityReport:
     @property
     def misses_target(self) -> tuple[LayerSparsity, ...]:
         """Layers that hold fewer zeros than their target asks for."""
-        return tuple(layer for layer in self.layers if layer.misses_target)
+        sharing = [layer for layer in self.layers if layer.shares_target]
+        missing = sum(layer.zeros - layer.promised_at_target for layer in sharing) < 0
+        return tuple(layer for layer in self.layers if layer.misses_target or (missing and layer.shares_target))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values, the sums included; `from_dict` reads it back."""
@@ -223,7 +237,8 @@ def report_model(model: nn.Module, adapter_name: str | None = None, *, progressb
         >>> model = get_peft_model(base, PSTConfig(target_modules=["0"], initial_sparsity=0.75, target_sparsity=0.75))
         >>> report = report_model(model)
         >>> report.layers[0]
-        LayerSparsity(name='0', shape=(4, 8), zeros=24, promised=24, target_sparsity=0.75, transposed=False)
+        LayerSparsity(name='0', shape=(4, 8), zeros=24, promised=24, target_sparsity=0.75, transposed=False, \
+target_zeros=None, shares_target=False)
         >>> report.trainable_parameters, report.total_parameters
         (204, 46)
     """
@@ -263,6 +278,7 @@ def report_checkpoint(path: str | Path, *, progressbar: bool = False) -> Sparsit
 
     Example:
         >>> from tempfile import TemporaryDirectory
+        >>> import torch
         >>> from safetensors.torch import save_file
         >>> with TemporaryDirectory() as folder:
         ...     save_file({"layers.0.up.weight": torch.eye(4)}, f"{folder}/model.safetensors")
@@ -314,13 +330,27 @@ def _count_layer(layer: PSTLayer, names: list[str]) -> LayerSparsity:
     weight: Any = base.weight
     # A merged layer is counted as it stands, whatever was done to it since.
     is_merged = sorted(layer.merged_adapters) == sorted(names)
+    target = max(layer.pst_plans[name].target_sparsity for name in names)
+    at_target = max(_zeros_at_target(layer, name) for name in names)
     return LayerSparsity(
         name=layer.module_name,
         shape=(layer.out_features, layer.in_features),
         zeros=count_zeros(whole(weight) if is_merged else layer.get_masked_weight(names)),
         promised=max(layer.get_num_pruned(name) for name in names),
-        target_sparsity=max(layer.pst_plans[name].target_sparsity for name in names),
+        target_sparsity=target,
         transposed=isinstance(base, Conv1D),
+        target_zeros=None if at_target == num_pruned(layer.num_weights, target) else at_target,
+        shares_target=any(layer.pst_plans[name].shares_target for name in names),
+    )
+
+
+def _zeros_at_target(layer: PSTLayer, adapter_name: str) -> int:
+    plan = layer.pst_plans[adapter_name]
+    if not plan.groups:
+        return sum(layer.counts_at(adapter_name, plan.target_sparsity))
+    return sum(
+        num_pruned(groups.num_groups, plan.target_sparsity) * entries(groups, layer.module_name)
+        for groups in plan.groups
     )
 
 
@@ -392,5 +422,5 @@ def _row_to_dict(layer: LayerSparsity) -> dict[str, Any]:
 
 def _row_from_dict(values: Mapping[str, Any]) -> LayerSparsity:
     out, in_ = (int(size) for size in values["shape"])
-    names = ("name", "zeros", "promised", "target_sparsity", "transposed")
+    names = [field.name for field in fields(LayerSparsity) if field.name != "shape" and field.name in values]
     return LayerSparsity(shape=(out, in_), **{name: values[name] for name in names})

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
-from .budget import Ranked, split_budget
+from .budget import Ranked, most_pruned, split_budget
 from .layer import Criterion, PSTLayer
 from .masking import num_pruned
 
@@ -61,15 +60,13 @@ def _ranked(pairs: Sequence[Pair], by: Criterion) -> Iterator[Ranked]:
     for layer, name in pairs:
         plan = layer.pst_plans[name]
         size = plan.size[0] * plan.size[1]
-        groups = plan.shape[0] * plan.shape[1] // size
-        kept = max(1, int(plan.config.min_kept * groups))
+        most = most_pruned(plan.shape[0] * plan.shape[1] // size, plan.config.min_kept)
         for start in range(0, layer.out_features, plan.shape[0]):
             rows = slice(start, start + plan.shape[0])
-            yield Ranked(partial(_comparable_scores, layer, name, rows, by), size, groups - kept)
+            yield Ranked(partial(_comparable_scores, layer, name, rows, by), size, most)
 
 
 def _comparable_scores(layer: PSTLayer, adapter_name: str, rows: slice, by: Criterion) -> Iterator[Tensor]:
-    weight = layer.get_dense_weight()[rows]
-    spread = torch.linalg.vector_norm(weight, dtype=torch.float32) / weight.numel() ** 0.5
+    spread = layer.get_spread(rows)
     for scores in layer.get_group_scores(adapter_name, rows, by):
-        yield scores / spread.where(spread > 0, 1)
+        yield scores / spread

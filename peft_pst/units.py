@@ -1,10 +1,12 @@
-"""What is selected at once: the mask of one matrix, or those of all matrices that share a target."""
+"""What is selected at once: the mask of one matrix, or the masks of all that share a target or a group."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from .coupling import CoupledGroups
+from .group_selection import check_groups_reachable, entries, group_changes, select_groups
 from .layer import Change, Criterion, LayerPlan
 from .masking import num_pruned
 from .scope import Pair, check_reachable, shared_counts
@@ -12,7 +14,7 @@ from .scope import Pair, check_reachable, shared_counts
 
 @dataclass(frozen=True)
 class Unit:
-    """Layers, each with an adapter on it, that are brought to a sparsity together.
+    """Layers, each with an adapter on it, that are brought to a sparsity together; here, of one layer.
 
     Attributes:
         pairs: the layers, at least one.
@@ -31,8 +33,6 @@ class Unit:
     @property
     def num_pruned(self) -> int:
         """Zeros that the sparsity comes to."""
-        if self.plan.shares_target:
-            return num_pruned(sum(layer.num_weights for layer, _ in self.pairs), self.sparsity)
         return sum(sum(layer.counts_at(name, self.sparsity)) for layer, name in self.pairs)
 
     @property
@@ -46,8 +46,6 @@ class Unit:
         Raises:
             ValueError: if it cannot.
         """
-        if self.plan.shares_target:
-            check_reachable(self.pairs, self.sparsity)
 
     def prepare(self, by: Criterion = "scores") -> list[tuple[*Pair, Change]]:
         """What the sparsity comes to for each layer. Changes nothing.
@@ -56,8 +54,20 @@ class Unit:
             ValueError: if the scores cannot be ranked, or the pattern allows no such sparsity.
             RuntimeError: while an adapter is merged.
         """
-        if not self.plan.shares_target:
-            return [(layer, name, layer.prepare_sparsity(name, self.sparsity, by)) for layer, name in self.pairs]
+        return [(layer, name, layer.prepare_sparsity(name, self.sparsity, by)) for layer, name in self.pairs]
+
+
+class SharedUnit(Unit):
+    """All matrices that have one target together."""
+
+    @property
+    def num_pruned(self) -> int:
+        return num_pruned(sum(layer.num_weights for layer, _ in self.pairs), self.sparsity)
+
+    def check(self) -> None:
+        check_reachable(self.pairs, self.sparsity)
+
+    def prepare(self, by: Criterion = "scores") -> list[tuple[*Pair, Change]]:
         counts = shared_counts(self.pairs, self.sparsity, by)
         return [
             (layer, name, layer.prepare_counts(name, layer.with_kept_zeros(name, own), by))
@@ -65,12 +75,48 @@ class Unit:
         ]
 
 
+@dataclass(frozen=True)
+class GroupUnit(Unit):
+    """All matrices of one attention layer or feed-forward, or, if they have one target together, of all of a kind.
+
+    Attributes:
+        coupled: the groups that lie in them.
+    """
+
+    coupled: list[CoupledGroups]
+
+    @property
+    def num_pruned(self) -> int:
+        if len(self.coupled) == 1:
+            return num_pruned(self.coupled[0].num_groups, self.sparsity) * entries(self.coupled[0])
+        return num_pruned(sum(entries(groups) * groups.num_groups for groups in self.coupled), self.sparsity)
+
+    def check(self) -> None:
+        check_groups_reachable(self.coupled, self.plan.config.min_kept, self.sparsity)
+
+    def prepare(self, by: Criterion = "scores") -> list[tuple[*Pair, Change]]:
+        adapter_name = self.pairs[0][1]
+        layers = {layer.module_name: layer for layer, _ in self.pairs}
+        for layer, name in self.pairs:
+            layer.check_unmerged(name)
+        kept = select_groups(self.coupled, layers, adapter_name, self.sparsity, by)
+        return [(layers[module], adapter_name, change) for module, change in group_changes(self.coupled, kept)]
+
+
 def units(planned: Iterable[tuple[*Pair, float]]) -> Iterator[Unit]:
     """Put layers together that are selected at once, given each with an adapter and its sparsity."""
-    shared: dict[str, Unit] = {}
+    joint: dict[tuple[str, ...], Unit] = {}
     for layer, name, sparsity in planned:
-        if layer.pst_plans[name].shares_target:
-            shared.setdefault(name, Unit([], sparsity)).pairs.append((layer, name))
-        else:
+        plan = layer.pst_plans[name]
+        for groups in plan.groups:
+            key = (name, groups.kind) if plan.shares_target else (name, groups.kind, groups.name)
+            unit = joint.setdefault(key, GroupUnit([], sparsity, []))
+            assert isinstance(unit, GroupUnit)
+            unit.pairs.append((layer, name))
+            if groups not in unit.coupled:
+                unit.coupled.append(groups)
+        if not plan.groups and plan.shares_target and not plan.is_coupled:
+            joint.setdefault((name,), SharedUnit([], sparsity)).pairs.append((layer, name))
+        elif not plan.groups:
             yield Unit([(layer, name)], sparsity)
-    yield from shared.values()
+    yield from joint.values()

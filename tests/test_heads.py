@@ -286,7 +286,7 @@ def test_an_attention_that_is_adapted_in_part_is_refused() -> None:
 def test_a_model_without_attention_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no attention layer whose projections bear names that are known"):
         prune_heads(trained(net()), 1)
-    with pytest.raises(ValueError, match="None of the adapted layers belongs to an attention layer"):
+    with pytest.raises(ValueError, match="None of the adapted layers holds heads"):
         prune_heads(trained(bert(), target_modules=["intermediate.dense"]), 1)
 
 
