@@ -265,8 +265,7 @@ class PSTLayer(BaseTunerLayer):
         self._forget(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        made = not any(tensor.is_meta for tensor in self._origin(adapter_name, self.get_factors(adapter_name)))
-        if config.holds_mask and made and self.get_num_pruned(adapter_name):
+        if config.holds_mask and self.has_data(adapter_name) and self.get_num_pruned(adapter_name):
             self._hold(adapter_name, self._select(adapter_name, self.get_counts(adapter_name)))
 
     @torch.no_grad()
@@ -281,6 +280,10 @@ class PSTLayer(BaseTunerLayer):
                 nn.init.normal_(parameters[adapter_name], std=std)
             else:
                 nn.init.zeros_(parameters[adapter_name])
+
+    def has_data(self, adapter_name: str) -> bool:
+        """Whether the base weight and the adapter's tensors are there, and not still to be loaded."""
+        return not any(tensor.is_meta for tensor in self._origin(adapter_name, self.get_factors(adapter_name)))
 
     def _choose_positions(self, adapter_name: str) -> Tensor:
         plan, weight = self.pst_plans[adapter_name], self._stored

@@ -171,7 +171,7 @@ def _prepare_selection(model: nn.Module, adapter_name: str) -> None:
     plans = {name: layer.pst_plans[adapter_name] for name, layer in layers.items()}
     for unit in units((layers[name], adapter_name, plan.target_sparsity) for name, plan in plans.items()):
         unit.check()
-    has_data = not any(layer.get_base_layer().weight.is_meta for layer in layers.values())
+    has_data = all(layer.has_data(adapter_name) for layer in layers.values())
     coupled = [(layers[name], adapter_name, plan.sparsity_at_start) for name, plan in plans.items() if plan.groups]
     for unit in units(coupled):
         if has_data and unit.sparsity:
