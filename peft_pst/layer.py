@@ -24,6 +24,7 @@ from .fingerprint import fingerprint, identity, optimizer_steps
 from .graph import register_layer, traced_packed_mask
 from .masked_linear import Pruner, effective_weight
 from .masking import check_num_pruned, check_zeros, count_zeros, pack_mask, unpack_mask
+from .nesting import Place
 from .patterns import Coupled, Pattern, Size, parse_pattern
 from .residual import check_positions, residual_positions
 from .scoring import Factors, add_update, base_scores, score_dtype
@@ -182,6 +183,8 @@ class PSTLayer(BaseTunerLayer):
 
     adapter_layer_names = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C", "pst_S")
     other_param_names = ("pst_num_pruned", "pst_mask", "pst_positions", "pst_plans")
+    # PEFT's `disable_input_dtype_casting` sets this. Inputs are never cast here, as the base layer does not.
+    cast_input_dtype_enabled = True
 
     num_parts = 1  # matrices that a layer of this class is made of, if the configuration says nothing else
     base_layer: nn.Module
@@ -210,6 +213,7 @@ class PSTLayer(BaseTunerLayer):
         self._checked_masks: dict[str, object] = {}  # per adapter: the held mask whose zeros were counted
         self._masked_weight: tuple[object, Tensor] | None = None  # for evaluation: what it was made from, weight
         self._warned_about_hooks = False
+        self.place: Place | None = None  # set by the model that puts the layer in; not copied and not pickled
         self._handle = register_layer(self)
 
     @property
@@ -686,6 +690,7 @@ class PSTLayer(BaseTunerLayer):
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
+        self.check_outermost()
         self._check_writable()
         self._warn_if_never_pruned(names, "Merging")
         merged_names = self.merged_adapters + names
@@ -701,6 +706,21 @@ class PSTLayer(BaseTunerLayer):
         replace_values(self._stored, self._as_stored(merged))
         self.merged_adapters = merged_names
         self._masked_weight = None
+
+    def check_outermost(self) -> None:
+        """Refuse to go on under the layer of another tuner.
+
+        Raises:
+            ValueError: if another tuner was injected over this layer.
+        """
+        holder = None if self.place is None else self.place.holder_over(self)  # type: ignore[arg-type]
+        if holder is not None:
+            raise ValueError(
+                f"Layer {self.module_name}: a {type(holder).__module__} adapter was put over its PST adapter. Merging "
+                "it would write to the weight below the mask, and unloading it would drop the PST adapter unseen. Give "
+                "it other layers; or merge PST first, train the other adapter on the result, and merge that with "
+                "merge_keeping_zeros()."
+            )
 
     def _check_writable(self) -> None:
         if is_gathered_for_forward(self._base) and not is_sharded(self._stored):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,7 @@ from .group_selection import couple
 from .kinds import kind_of
 from .layer import LayerPlan, PSTLayer, ScheduleStatus
 from .loading import check_stored_adapter
+from .nesting import Place, check_not_nested
 from .schedule import cubic_sparsity
 from .targets import find_block_linears
 from .ties import shared_weights
@@ -104,6 +106,12 @@ class PSTModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+        if isinstance(new_module, PSTLayer):
+            new_module.place = Place(weakref.ref(parent), child_name)
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        check_not_nested(model, adapter_name)
+        super()._pre_injection_hook(model, config, adapter_name)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # The one object that all layers of the adapter now being injected share.
@@ -127,6 +135,38 @@ class PSTModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trains[name])
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_known(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        self._check_known(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_known(self, adapter_names: Sequence[str] | None) -> None:
+        # PEFT merges nothing for a name that it does not know, and says nothing.
+        unknown = sorted(set(adapter_names or ()) - set(self.peft_config))
+        if unknown and not isinstance(adapter_names, str):
+            raise ValueError(f"There are no adapters {unknown} to merge; the model has {sorted(self.peft_config)}.")
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a weighted sum of masked weights has the zeros of none of them.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "PST adapters have no weighted sum: each has a mask of its own, and a sum of masked weights is zero only "
+            "where all of them are. Activate several instead, model.base_model.set_adapter([...]): their updates add "
+            "up, and a weight is zero where any of them prunes."
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
