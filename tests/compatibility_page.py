@@ -1,0 +1,52 @@
+"""Writes docs/compatibility.md from the list that the tests run: `make compatibility`."""
+
+from __future__ import annotations
+
+import re
+from itertools import groupby
+from pathlib import Path
+
+from contract import OPERATIONS, Operation
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "compatibility.md"
+PACKAGES = ("torch", "peft", "transformers", "accelerate", "sentence-transformers", "trl", "diffusers")
+
+INTRODUCTION = """# Compatibility
+
+What PEFT and its neighbours offer, and what it means for an adapter that changes the base weight by a mask. Written by
+`make compatibility` from `tests/contract.py`, the list that the tests run on models of every kind and configurations of
+every kind: whatever is said here was tried, and where it says *refused* an error says so too.
+
+## Versions
+
+The oldest and the newest versions that the tests pass with (`make test-oldest`, `make test`, `make test-integrations`):
+"""
+
+
+def pinned(constraints: str) -> dict[str, str]:
+    """The versions that a constraints file asks for, by package."""
+    return dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / constraints).read_text(), re.MULTILINE))
+
+
+def versions() -> list[str]:
+    oldest, newest = pinned("constraints-oldest.txt"), pinned("constraints.txt")
+    rows = [f"| {name} | {oldest.get(name, '')} | {newest[name]} |" for name in PACKAGES]
+    return ["| package | oldest | newest |", "|---|---|---|", *rows]
+
+
+def line(operation: Operation) -> str:
+    return f"| {operation.name} | {'*refused*: ' if operation.refusal else ''}{operation.meaning} |"
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [INTRODUCTION, *versions()]
+    for section, operations in groupby(OPERATIONS, key=lambda operation: operation.section):
+        parts += ["", f"## {section}", "", "| operation | with PST |", "|---|---|", *map(line, operations)]
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page())
