@@ -1,10 +1,11 @@
 # Every target makes the environment it needs in .venv, from the versions pinned in constraints.txt.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
-.PHONY: demo test test-slow test-gpu test-kernels benchmark results check clean
+.PHONY: demo test test-slow test-gpu test-oldest test-integrations test-kernels compatibility benchmark results check clean
 
 demo: $(VENV)/demo.stamp  ## fine-tune, prune, merge and reload a real model on real data (about four minutes)
 	$(BIN)/peft-pst demo
@@ -17,6 +18,15 @@ test-slow: $(VENV)/test.stamp $(VENV)/demo.stamp  ## what takes minutes or the d
 
 test-gpu: $(VENV)/test.stamp  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+test-oldest:  ## the quick suite with the oldest PEFT and transformers that are supported, in an environment of its own
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+test-integrations: $(VENV)/integrations.stamp  ## real runs in TRL, sentence-transformers and diffusers
+	$(BIN)/python -m pytest tests/test_integrations.py
+
+compatibility: $(VENV)/test.stamp  ## write docs/compatibility.md anew
+	$(BIN)/python tests/compatibility_page.py
 
 test-kernels: $(VENV)/test.stamp  ## the GPU kernels without a GPU: interpreted, and compiled for two kinds (four minutes)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet triton==3.9.0
@@ -47,7 +57,7 @@ check: $(VENV)/test.stamp  ## style and types
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-$(VENV)/%.stamp: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/%.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(INSTALL) ".[$*]"
 	@touch $@
 

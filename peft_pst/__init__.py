@@ -8,6 +8,7 @@ from .config import PSTConfig
 from .distillation import DistillationMixin, DistillationTrainer, distillation_loss
 from .heads import prune_heads
 from .inference import InferenceReport, dense_again, sparse_inference
+from .keeping import merge_keeping_zeros
 from .layer import PSTLayer
 from .masking import num_pruned
 from .model import PSTModel, get_sparsity, update_sparsity
@@ -42,6 +43,7 @@ __all__ = [
     "find_neurons",
     "get_sparsity",
     "last_whole_checkpoint",
+    "merge_keeping_zeros",
     "num_pruned",
     "parameter_groups",
     "prune_heads",

@@ -31,7 +31,7 @@ def pinned(constraints: str) -> dict[str, str]:
 
 def versions() -> list[str]:
     oldest, newest = pinned("constraints-oldest.txt"), pinned("constraints.txt")
-    rows = [f"| {name} | {oldest.get(name, '')} | {newest[name]} |" for name in PACKAGES]
+    rows = [f"| {name} | {oldest.get(name, '-')} | {newest[name]} |" for name in PACKAGES]
     return ["| package | oldest | newest |", "|---|---|---|", *rows]
 
 

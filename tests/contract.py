@@ -35,7 +35,7 @@ from peft.utils.hotswap import hotswap_adapter
 from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_state_dict
 from tiny_models import assert_same_tensors, layers_of, shake, snapshot, train_a_little
 
-from peft_pst import PSTConfig, get_sparsity, update_sparsity
+from peft_pst import PSTConfig, get_sparsity, merge_keeping_zeros, update_sparsity
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,10 @@ def zeros(model: torch.nn.Module) -> dict[str, int]:
 
 
 LIFE = "Life of an adapter"
+STORAGE = "Saving and loading"
+BESIDE = "Beside other tuners"
+AFTER = "After merging"
+REFUSED = "What has no meaning here"
 
 
 @operation(
@@ -275,15 +279,15 @@ def merge_and_unload(case: Case, folder: Path) -> None:
 @operation(
     LIFE,
     "`merge_and_unload(safe_merge=True)`",
-    "refuses NaN and infinity in the scores too, which may leave the weights finite",
-    (ValueError, "NaNs detected in the merged weights. The adapter default seems to be broken"),
+    "looks for NaN and infinity in the scores too, which may leave the weights finite",
 )
 def safe_merge(case: Case, folder: Path) -> None:
     model = case.pruned()
     for name, parameter in model.named_parameters():
         if "pst_" in name:
             parameter.data.view(-1)[0] = torch.nan
-    model.merge_and_unload(safe_merge=True)
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default"):
+        model.merge_and_unload(safe_merge=True)
 
 
 @operation(
@@ -392,12 +396,25 @@ def has_dropout(model: torch.nn.Module) -> bool:
     return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
 
 
-STORAGE = "Saving and loading"
-
-
 def assert_loads_as(case: Case, loaded: PeftModel, model: PeftModel) -> None:
     assert_same_tensors(get_peft_model_state_dict(loaded), get_peft_model_state_dict(model))
     assert torch.equal(case.outputs(loaded.eval()), case.outputs(model))
+
+
+@operation(
+    LIFE,
+    "`prepare_model_for_kbit_training`, `cast_mixed_precision_params`, `disable_input_dtype_casting`",
+    "as in PEFT; inputs are never cast, as the base layer would not",
+)
+def casts(case: Case, folder: Path) -> None:
+    model = get_peft_model(
+        prepare_model_for_kbit_training(case.base(), use_gradient_checkpointing=False), case.config()
+    )
+    with disable_input_dtype_casting(model):
+        case.forward(model).square().sum().backward()
+    cast_mixed_precision_params(model, torch.bfloat16)
+    for parameter in model.parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
 
 
 @operation(
@@ -557,9 +574,6 @@ def transformers_methods(case: Case, folder: Path) -> None:
     assert not any(name.endswith(".mine") for name in model.state_dict())
 
 
-BESIDE = "Beside other tools"
-
-
 @operation(
     BESIDE,
     "another tuner on other layers",
@@ -611,43 +625,12 @@ def under_lora(case: Case, folder: Path) -> None:
 
 @operation(
     BESIDE,
-    "`get_peft_model` on a `PeftModel`",
-    "nested wrappers hide adapters from each other",
-    (ValueError, "The model is a .* already, and PST is not nested"),
-)
-def nest(case: Case, folder: Path) -> None:
-    get_peft_model(case.pruned(), case.config())
-
-
-@operation(
-    BESIDE,
-    "`get_peft_model` twice on one base",
-    "under the same name the adapter would start afresh, unasked",
-    (ValueError, "carries a PST adapter named 'default', which would lose what it learned"),
-)
-def make_twice(case: Case, folder: Path) -> None:
-    get_peft_model(case.pruned().get_base_model(), case.config())
-
-
-@operation(
-    BESIDE,
     "`add_adapter` with another tuner's configuration",
     "PEFT has one tuner in a `PeftModel`",
     (ValueError, "Cannot combine adapters with different peft types"),
 )
 def add_lora(case: Case, folder: Path) -> None:
     case.pruned().add_adapter("dense", LoraConfig(target_modules=list(case.second)))
-
-
-@operation(
-    BESIDE,
-    "two adapters with `bias`",
-    "as with every tuner in PEFT: a bias belongs to the base, so only one trains it",
-    (ValueError, "supports only 1 adapter with bias"),
-    only=lambda case: not freezes_biases(case),
-)
-def two_biases(case: Case, folder: Path) -> None:
-    case.pruned().add_adapter("other", case.config())
 
 
 @operation(
@@ -664,7 +647,63 @@ def mix(case: Case, folder: Path) -> None:
 
 
 @operation(
-    BESIDE,
+    AFTER,
+    "LoRA, or another tuner, trained on the merged model",
+    "the masks are gone, so `merge_and_unload` fills nearly every zero; `peft_pst.merge_keeping_zeros(model)` sets "
+    "back to zero what was zero in the base and says how many entries that were; `PSTConfig(keep_zeros=True)` trains "
+    "within the zeros in the first place",
+    only=is_bare,
+)
+def merge_over_zeros(case: Case, folder: Path) -> None:
+    def lora() -> PeftModel:
+        torch.manual_seed(2)
+        config = LoraConfig(target_modules=list(case.second), init_lora_weights=False)
+        return get_peft_model(case.pruned().merge_and_unload(), config)
+
+    before = case.pruned().merge_and_unload()
+    dense, (merged, kept) = lora().merge_and_unload(), merge_keeping_zeros(lora())
+    assert kept
+    for name, count in kept.items():
+        zero = before.get_parameter(name) == 0
+        assert zero.any()
+        assert dense.get_parameter(name)[zero].all()
+        assert not merged.get_parameter(name)[zero].any()
+        assert count.zeros == count.refilled == int(zero.sum())
+
+
+@operation(
+    REFUSED,
+    "`get_peft_model` on a `PeftModel`",
+    "nested wrappers hide adapters from each other",
+    (ValueError, "The model is a .* already, and PST is not nested"),
+)
+def nest(case: Case, folder: Path) -> None:
+    get_peft_model(case.pruned(), case.config())
+
+
+@operation(
+    REFUSED,
+    "`get_peft_model` twice on one base",
+    "under the same name the adapter would start afresh, unasked",
+    (ValueError, "carries a PST adapter named 'default', which would lose what it learned"),
+)
+def make_twice(case: Case, folder: Path) -> None:
+    get_peft_model(case.pruned().get_base_model(), case.config())
+
+
+@operation(
+    REFUSED,
+    "two adapters with `bias`",
+    "as with every tuner in PEFT: a bias belongs to the base, so only one trains it",
+    (ValueError, "supports only 1 adapter with bias"),
+    only=lambda case: not freezes_biases(case),
+)
+def two_biases(case: Case, folder: Path) -> None:
+    case.pruned().add_adapter("other", case.config())
+
+
+@operation(
+    REFUSED,
     "`model(x, adapter_names=[...])`",
     "each adapter has its own masked weight, so a mixed batch would need one product per adapter",
     (ValueError, "PST cannot mix adapters within a batch"),
@@ -674,7 +713,7 @@ def mixed_batch(case: Case, folder: Path) -> None:
 
 
 @operation(
-    BESIDE,
+    REFUSED,
     "`add_weighted_adapter`",
     "a weighted sum of masked weights is zero only where all of them are; activate several adapters instead",
     (NotImplementedError, "PST adapters have no weighted sum"),
@@ -684,7 +723,7 @@ def add_weighted(case: Case, folder: Path) -> None:
 
 
 @operation(
-    BESIDE,
+    REFUSED,
     "`merge_adapter` of a name that does not exist",
     "PEFT merges nothing and says nothing; a typing error would end in a dense model",
     (ValueError, r"no adapters \['nowhere'\] to merge"),
@@ -694,7 +733,7 @@ def merge_unknown(case: Case, folder: Path) -> None:
 
 
 @operation(
-    BESIDE,
+    REFUSED,
     "`delete_adapter` while merged",
     "as in PEFT: unmerge first",
     (ValueError, "Cannot delete adapter.* while they are merged"),
@@ -706,7 +745,7 @@ def delete_merged(case: Case, folder: Path) -> None:
 
 
 @operation(
-    BESIDE,
+    REFUSED,
     "`hotswap_adapter`",
     "PEFT swaps LoRA alone; `load_adapter` under the same name does it for PST",
     (ValueError, "Hotswapping only supports .* but PST was passed"),
@@ -718,7 +757,7 @@ def hotswap(case: Case, folder: Path) -> None:
 
 
 @operation(
-    BESIDE,
+    REFUSED,
     "`convert_to_lora`",
     "a masked weight is not the base plus a low rank",
     (TypeError, "do not support LoRA conversion"),
@@ -728,7 +767,7 @@ def to_lora(case: Case, folder: Path) -> None:
 
 
 @operation(
-    BESIDE,
+    REFUSED,
     "`rescale_adapter_scale`",
     "a mask has no scale between on and off; PEFT has it for LoRA",
     (ValueError, "scaling is only supported for models with `LoraLayer`s"),
@@ -739,7 +778,7 @@ def rescale(case: Case, folder: Path) -> None:
 
 
 @operation(
-    BESIDE,
+    REFUSED,
     "an adapter saved for fewer layers",
     "the missing layers would stay dense, although the configuration promises zeros in them",
     (ValueError, "pst_.* is missing"),
@@ -751,7 +790,7 @@ def fewer_layers(case: Case, folder: Path) -> None:
 
 
 @operation(
-    BESIDE,
+    REFUSED,
     "an adapter saved for more layers",
     "what it learned there would be lost unseen",
     (ValueError, "has no place in adapter 'default' of this model"),
@@ -763,7 +802,7 @@ def more_layers(case: Case, folder: Path) -> None:
 
 
 @operation(
-    BESIDE,
+    REFUSED,
     "an adapter of another base or rank, also with `ignore_mismatched_sizes=True`",
     "a mask belongs to the weight that it was ranked with",
     (ValueError, "has shape"),
@@ -771,19 +810,3 @@ def more_layers(case: Case, folder: Path) -> None:
 def other_base(case: Case, folder: Path) -> None:
     case.pruned().save_pretrained(folder)
     PeftModel.from_pretrained(case.base(), folder, config=case.config(r=5), ignore_mismatched_sizes=True)
-
-
-@operation(
-    BESIDE,
-    "`prepare_model_for_kbit_training`, `cast_mixed_precision_params`, `disable_input_dtype_casting`",
-    "as in PEFT; inputs are never cast, as the base layer would not",
-)
-def casts(case: Case, folder: Path) -> None:
-    model = get_peft_model(
-        prepare_model_for_kbit_training(case.base(), use_gradient_checkpointing=False), case.config()
-    )
-    with disable_input_dtype_casting(model):
-        case.forward(model).square().sum().backward()
-    cast_mixed_precision_params(model, torch.bfloat16)
-    for parameter in model.parameters():
-        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)

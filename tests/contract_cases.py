@@ -26,14 +26,6 @@ class Case:
     free: str  # a linear layer that `second` leaves alone
     options: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def trains_biases(self) -> bool:
-        return self.options.get("bias", "none") != "none"
-
-    @property
-    def is_transformer(self) -> bool:
-        return self.name != "custom"
-
     def base(self) -> nn.Module:
         torch.manual_seed(0)
         return self.make().eval()
@@ -86,26 +78,20 @@ MODELS = [
 ]
 
 CONFIGS: list[dict[str, Any]] = [
-    {"r": 0},
-    {"score_rank": 0},
     {"r": 0, "score_rank": 0},
-    {"structured": False},
-    {"residual": 4, "residual_positions": "magnitude"},
-    {"initial_sparsity": 0.3},
-    {"init_weights": False},
-    {"init_weights": "paper"},
-    {"rank_pattern": {"up": 1, r"layers\.1\.down": 0}, "score_rank_pattern": {"down": 1}},
-    {"sparsity_pattern": {r"layers\.0\..*": 0.25, "down": 0.9}},
-    {"target_modules": ["up", "down"]},
-    {"target_modules": r".*\.(up|down)"},
+    {"r": 0, "residual": 4, "residual_positions": "magnitude", "target_modules": ["up", "down"]},
+    {"score_rank": 0, "structured": False, "init_weights": "paper"},
+    {"init_weights": False, "target_modules": r".*\.(up|down)", "exclude_modules": ["layers.1.down"]},
+    {
+        "initial_sparsity": 0.2,
+        "sparsity_pattern": {r"layers\.0\..*": 0.25, "down": 0.9},
+        "rank_pattern": {"up": 1, r"layers\.1\.down": 0},
+        "score_rank_pattern": {"down": 1},
+    },
     {"target_modules": "all-linear", "modules_to_save": ["head"]},
-    {"exclude_modules": ["layers.1.down"]},
-    {"layers_to_transform": [1], "layers_pattern": "layers"},
-    {"modules_to_save": ["head"]},
-    {"bias": "all"},
-    {"bias": "pst_only"},
-    {"mask_interval": None},
-    {"mask_interval": 3},
+    {"layers_to_transform": [1], "layers_pattern": "layers", "mask_interval": 3},
+    {"bias": "all", "mask_interval": None},
+    {"bias": "pst_only", "r": 0},
 ]
 
 CASES = MODELS + [
