@@ -1,4 +1,4 @@
-"""Pictures: sparsity by layer, the kept weights of one layer, and a training run. Needs matplotlib (extra `cli`).
+"""Pictures: sparsity by layer, kept weights of one layer, a training run, latencies. Needs matplotlib (extra `cli`).
 
 Every function draws one PNG through Agg, without a display and without matplotlib's global state. Colours are Okabe
 and Ito's, which stay apart for colour-blind readers.
@@ -144,6 +144,34 @@ def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | Path) ->
         figure = _draw_training(panels)
         steps = max(int(entry.get("step", 0)) for entry in log_history)
         _add_title(figure, "Training", f"{steps:,} optimizer steps")
+        return _write(figure, path)
+
+
+def plot_latency(
+    panels: Mapping[str, Sequence[tuple[str, float, bool]]], path: str | Path, *, subtitle: str = ""
+) -> Path:
+    """Draw how long each form of a model takes, with the best dense one as a line through the others.
+
+    Args:
+        panels: by title, (name, milliseconds, whether the form is dense) from top to bottom, with at least one dense.
+        path: PNG file to write.
+        subtitle: such as the machine.
+
+    Raises:
+        ValueError: if there are no panels, or one has no dense form.
+        ImportError: if matplotlib is missing.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     plot_latency({"1 token": [("dense", 2.0, True), ("sparse", 1.0, False)]}, f"{folder}/bench.png").name
+        'bench.png'
+    """
+    if not panels or not all(any(is_dense for _, _, is_dense in bars) for bars in panels.values()):
+        raise ValueError("Every panel needs a dense form, which the others are compared with.")
+    with _styled():
+        figure = _draw_latency(panels)
+        _add_title(figure, "Latency, and the best dense choice as a line", subtitle)
         return _write(figure, path)
 
 
@@ -463,3 +491,31 @@ def _label_ends(axes: Axes, ends: Mapping[str, float]) -> None:
         axes.text(
             1.015, previous, label, transform=axes.transAxes, va="center", fontsize=9, color=colors.get(label, INK)
         )
+
+
+# Latency
+
+
+def _draw_latency(panels: Mapping[str, Sequence[tuple[str, float, bool]]]) -> Figure:
+    row, label, gap = 0.27, 1.9, 0.5
+    heights = [row * len(bars) for bars in panels.values()]
+    height = 0.75 + sum(heights) + gap * len(panels) + 0.2
+    figure = _new_figure(height)
+    top = height - 0.75
+    for (title, bars), tall in zip(panels.items(), heights, strict=True):
+        axes = _place(figure, label, top - gap - tall + 0.2, _WIDTH - label - 1.7, tall)
+        top -= gap + tall
+        names, values, are_dense = zip(*bars, strict=True)
+        y, best = range(len(bars)), min(value for value, is_dense in zip(values, are_dense, strict=True) if is_dense)
+        axes.barh(y, values, height=0.62, color=["#B0B0B0" if is_dense else BLUE for is_dense in are_dense])
+        axes.axvline(best, color=VERMILLION, linewidth=1.2)
+        for index, value in enumerate(values):
+            text = f"{value:,.3g} ms, {best / value:.2f}x"
+            axes.text(value + 0.01 * max(values), index, text, va="center_baseline", fontsize=9, color=GREY)
+        axes.set(xlim=(0, max(values)), ylim=(len(bars) - 0.5, -0.5), yticks=list(y))
+        axes.set_yticklabels(names, color=INK)
+        axes.set_title(title, color=INK)
+        axes.tick_params(left=False, bottom=False)
+        axes.xaxis.set_visible(False)
+        axes.spines[:].set_visible(False)
+    return figure

@@ -11,6 +11,7 @@ REQUIRED = {
     "merge": ["adapter", "output"],
     "shrink": ["checkpoint", "output"],
     "report": ["adapter"],
+    "bench": ["adapter"],
     "demo": [],
 }
 

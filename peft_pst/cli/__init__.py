@@ -13,6 +13,7 @@ COMMANDS = {
     "merge": "turn an adapter into a pruned checkpoint that stock transformers load",
     "shrink": "remove the heads and neurons that do nothing from a pruned checkpoint",
     "report": "count the zeros of an adapter or a checkpoint",
+    "bench": "measure what the zeros buy on this machine",
     "demo": "fine-tune, prune, merge and reload a small real model on real data",
 }
 
