@@ -4,6 +4,7 @@ from ._registration import register as _register
 from ._version import __version__
 from .architecture import Projections, find_heads, find_neurons
 from .callback import PSTCallback
+from .compact import CompactSizes, compact_checkpoint, expand_checkpoint, load_compact
 from .config import PSTConfig
 from .distillation import DistillationMixin, DistillationTrainer, distillation_loss
 from .heads import prune_heads
@@ -24,6 +25,7 @@ _register()
 
 
 __all__ = [
+    "CompactSizes",
     "DistillationMixin",
     "DistillationTrainer",
     "InferenceReport",
@@ -35,14 +37,17 @@ __all__ = [
     "ShrinkReport",
     "SparsityReport",
     "__version__",
+    "compact_checkpoint",
     "create_pst_optimizer",
     "cubic_sparsity",
     "dense_again",
     "distillation_loss",
+    "expand_checkpoint",
     "find_heads",
     "find_neurons",
     "get_sparsity",
     "last_whole_checkpoint",
+    "load_compact",
     "merge_keeping_zeros",
     "num_pruned",
     "parameter_groups",

@@ -26,7 +26,7 @@ from transformers import (
 import peft_pst.cli
 from peft_pst import PSTConfig, update_sparsity
 from peft_pst.cli.labels import Labels
-from peft_pst.cli.replace import replaced_folder
+from peft_pst.folders import replaced_folder
 from peft_pst.masking import num_pruned
 
 TEXTS = ["the film was good", "a plot"]

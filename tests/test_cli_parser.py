@@ -13,6 +13,8 @@ REQUIRED = {
     "report": ["adapter"],
     "bench": ["adapter"],
     "demo": [],
+    "compact": ["pruned", "small"],
+    "expand": ["small", "dense"],
 }
 
 

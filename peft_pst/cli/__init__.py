@@ -14,6 +14,8 @@ COMMANDS = {
     "shrink": "remove the heads and neurons that do nothing from a pruned checkpoint",
     "report": "count the zeros of an adapter or a checkpoint",
     "bench": "measure what the zeros buy on this machine",
+    "compact": "write a pruned checkpoint as a small one",
+    "expand": "turn a compact checkpoint into a normal one again",
     "demo": "fine-tune, prune, merge and reload a small real model on real data",
 }
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PSTConfig
+from ..folders import replaced_folder
 from ..tables import draw_table, file_size
 from .bbc_news import Split, load_bbc_news
 from .console import quiet_transformers
 from .errors import UserError, require
 from .experiment import BASE_MODEL, Experiment, Settings
 from .parser import OneLineParser
-from .replace import check_writable, replaced_folder
+from .replace import check_writable
 from .report import REPORT_FOLDER, print_text
 
 RESULTS_NAME = "results.json"

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
+from ..folders import replaced_folder
 from ..report import REPORT_NAME, SparsityReport, report_checkpoint, report_model
 from .base import load_tokenizer
 from .console import plain_warnings, say
@@ -19,7 +20,7 @@ from .errors import UserError
 from .labels import Labels
 from .loading import load_adapted_model, read_adapter_config
 from .parser import OneLineParser
-from .replace import check_checkpoint_folder, replaced_folder
+from .replace import check_checkpoint_folder
 from .report import print_text
 
 _DESCRIPTION = """\

@@ -13,12 +13,13 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from ..answers import check_same_answers, made_up_inputs
 from ..architecture import find_heads, find_neurons
 from ..checkpoint import checkpoint_files
+from ..folders import replaced_folder
 from ..report import REPORT_NAME
 from ..shrinking import ShrinkReport, shrink
 from .console import plain_warnings, quiet_transformers, say
 from .errors import UserError, said_in_one_line
 from .parser import OneLineParser
-from .replace import check_checkpoint_folder, replaced_folder
+from .replace import check_checkpoint_folder
 from .report import print_text
 
 SHRINK_REPORT_NAME = "shrink_report.json"
