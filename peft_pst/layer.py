@@ -10,11 +10,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -25,6 +26,15 @@ from .graph import register_layer, traced_packed_mask
 from .masked_linear import Pruner, effective_weight
 from .masking import check_num_pruned, check_zeros, count_zeros, pack_mask, unpack_mask
 from .nesting import Place
+from .offloading import (
+    at_hand,
+    computing_device,
+    fetch_back,
+    moved_to_disk,
+    offload_folder,
+    offload_hook,
+    take_dense_weight,
+)
 from .patterns import Coupled, Pattern, Size, parse_pattern
 from .residual import check_positions, residual_positions
 from .scoring import Factors, add_update, base_scores, score_dtype
@@ -205,6 +215,8 @@ class PSTLayer(BaseTunerLayer):
         self.out_features, self.in_features = self._as_matrix(self._stored).shape
         # Plain attributes, not buffers: none of these belongs in a state dict.
         self._dense_weight: Tensor | None = None  # the base weight while an adapter is merged
+        self._loaded_weight: Tensor | None = None  # an offloaded base weight while it is worked with
+        self._offload_folder: Path | None = None  # where that of a merged layer was, and goes
         self._zeros: tuple[object, tuple[int, ...]] | None = None  # which base weight in how many parts, its zeros
         # pst_num_pruned on the host, since reading a GPU's would stall it.
         self._counts: dict[str, tuple[object, tuple[int, ...]]] = {}
@@ -272,6 +284,12 @@ class PSTLayer(BaseTunerLayer):
         if config.holds_mask and self.has_data(adapter_name) and self.get_num_pruned(adapter_name):
             self._hold(adapter_name, self._select(adapter_name, self.get_counts(adapter_name)))
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if self._stored.is_meta and device is None:
+            # An offloaded base computes elsewhere than its weight is said to be; one to be loaded is not there yet.
+            device = self._device if self._base_has_data else torch.get_default_device()
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
     @torch.no_grad()
     def _reset_parameters(self, adapter_name: str, config: PSTConfig) -> None:
         std = 1.0 if config.init_weights == "paper" else self.in_features**-0.5
@@ -287,16 +305,17 @@ class PSTLayer(BaseTunerLayer):
 
     def has_data(self, adapter_name: str) -> bool:
         """Whether the base weight and the adapter's tensors are there, and not still to be loaded."""
-        return not any(tensor.is_meta for tensor in self._origin(adapter_name, self.get_factors(adapter_name)))
+        factors = self.get_factors(adapter_name).tensors
+        return self._base_has_data and not any(tensor.is_meta for tensor in factors if tensor is not None)
 
     def _choose_positions(self, adapter_name: str) -> Tensor:
-        plan, weight = self.pst_plans[adapter_name], self._stored
-        to_be_loaded = weight.is_meta or self.pst_S[adapter_name].is_meta or plan.config.inference_mode
+        plan = self.pst_plans[adapter_name]
+        to_be_loaded = not self._base_has_data or self.pst_S[adapter_name].is_meta or plan.config.inference_mode
         if to_be_loaded:
             # Choosing would be lost work, or impossible.
-            return torch.arange(plan.residual, device=weight.device)
+            return torch.arange(plan.residual)
         try:
-            with outside_any_graph(weight.device):
+            with outside_any_graph(self._device):
                 return residual_positions(self._dense(), plan.residual, plan.config.residual_positions, rank=plan.r)
         except ValueError as error:
             raise ValueError(f"Layer {self.module_name}, adapter {adapter_name!r}: {error}") from error
@@ -364,7 +383,7 @@ class PSTLayer(BaseTunerLayer):
         """Numbers of zeros, raised to those of the base's own where these stay."""
         plan = self.pst_plans[adapter_name]
         base = self._stored if self._dense_weight is None else self._dense_weight
-        if not plan.config.keep_zeros or base.is_meta:
+        if not plan.config.keep_zeros or not self._base_has_data:
             return counts
         origin = identity(base), plan.num_parts
         if self._zeros is None or self._zeros[0] != origin:
@@ -510,11 +529,18 @@ class PSTLayer(BaseTunerLayer):
 
     def get_factors(self, adapter_name: str) -> Factors:
         """The trainable tensors of one adapter with their scales, for the pure functions; whole, also where sharded."""
+        self.keep_adapters_at_hand()
         config = self.pst_plans[adapter_name].config
         scales: list[Any] = [config.beta, config.alpha1, config.alpha2]
         stored = [getattr(self, name).get(adapter_name) for name in self.adapter_layer_names]
         tensors = [tensor if tensor is None else whole(tensor) for tensor in stored]
         return Factors._make((*tensors, self._positions(adapter_name), *scales))
+
+    def keep_adapters_at_hand(self) -> None:
+        """Fetch back what `accelerate.dispatch_model` has offloaded of the adapters: it is small, and trained."""
+        if hasattr(self._base, "_hf_hook"):
+            for part in (*self.adapter_layer_names, "pst_num_pruned", "pst_mask", "pst_positions"):
+                fetch_back(getattr(self, part))
 
     def _positions(self, adapter_name: str) -> Tensor | None:
         """The positions of the residual, looked at once when they have come from a file; None without a residual."""
@@ -533,13 +559,13 @@ class PSTLayer(BaseTunerLayer):
     def get_scores(self, adapter_name: str) -> Tensor:
         """Importance of each weight, (out, in), from the dense base weight, also while merged."""
         factors = self.get_factors(adapter_name)
-        with outside_any_graph(self._stored.device):
+        with outside_any_graph(self._device):
             return base_scores(self._dense(), factors)
 
     def get_group_scores(self, adapter_name: str, rows: slice, by: Criterion = "scores") -> Iterator[Tensor]:
         """Mean score of each group of the adapter's pattern within some rows, whole groups of them; piece by piece."""
         plan = self.pst_plans[adapter_name]
-        with outside_any_graph(self._stored.device):
+        with outside_any_graph(self._device):
             matrix, factors = self._ranked(adapter_name, by)
             own = factors.rows(rows, self.in_features)
             yield from group_scores(matrix[rows], own, plan.size, keep_zeros=plan.config.keep_zeros)
@@ -585,7 +611,7 @@ class PSTLayer(BaseTunerLayer):
     def get_masked_weight(self, adapter_names: Sequence[str] | None = None) -> Tensor:
         """The weight that these adapters (by default the active ones) put in force, (out, in), in the base's dtype."""
         names = self._present(self.active_adapters if adapter_names is None else adapter_names)
-        with outside_any_graph(self._stored.device):
+        with outside_any_graph(self._device):
             weight = effective_weight(self._dense(), self._pruners(names)) if names else self._dense()
             # Laid out as the base layer stores it, so that this weight, once merged, gives the same sums bit for bit.
             return self._as_matrix(self._as_stored(weight))
@@ -594,14 +620,47 @@ class PSTLayer(BaseTunerLayer):
         """The base weight without any adapter, (out, in), also while merged."""
         return self._dense().detach()
 
-    def _dense(self) -> Tensor:
-        base = self._stored
-        if base.is_meta:
+    @property
+    def _device(self) -> torch.device:
+        """Where the layer computes."""
+        return computing_device(self._base) if self._stored.is_meta else self._stored.device
+
+    @property
+    def _is_offloaded(self) -> bool:
+        return self._stored.is_meta and offload_hook(self._base) is not None
+
+    @property
+    def _base_has_data(self) -> bool:
+        return not self._stored.is_meta or self._is_offloaded
+
+    @contextmanager
+    def loading_once(self) -> Iterator[None]:
+        """Within the block an offloaded base weight is read from its store but once."""
+        if not self._is_offloaded or self._loaded_weight is not None or self._dense_weight is not None:
+            yield
+            return
+        self._loaded_weight = at_hand(self._base, "weight")
+        try:
+            yield
+        finally:
+            self._loaded_weight = None
+
+    def _dense_stored(self) -> Tensor:
+        """The base weight without any adapter, as the base layer stores it, where the layer computes."""
+        if self._dense_weight is not None:
+            return self._dense_weight.to(self._device, self._stored.dtype)
+        if self._loaded_weight is not None:
+            return self._loaded_weight
+        stored = at_hand(self._base, "weight") if self._stored.is_meta else self._stored
+        if stored is None:
             raise RuntimeError(
-                f"Layer {self.module_name}: the base weight has no data (meta device), so it cannot be pruned. Bases "
-                "that are offloaded by hooks are not supported; load the model into memory first."
+                f"Layer {self.module_name}: the base weight has no data (meta device), so it cannot be pruned; load "
+                "the weights into the model, or dispatch it with accelerate, first."
             )
-        weight = whole(base if self._dense_weight is None else self._dense_weight.to(base.device, base.dtype))
+        return stored
+
+    def _dense(self) -> Tensor:
+        base, weight = self._stored, whole(self._dense_stored())
         # DeepSpeed's own mark: it gathers the base weight within a forward, and would miss the adapter's tensors.
         if hasattr(base, "ds_id") or weight.numel() != self.num_weights:
             raise RuntimeError(
@@ -643,7 +702,7 @@ class PSTLayer(BaseTunerLayer):
 
     def _select(self, adapter_name: str, counts: tuple[int, ...], by: Criterion = "scores") -> Tensor:
         try:
-            with outside_any_graph(self._stored.device):
+            with outside_any_graph(self._device):
                 ranked, plan = self._ranked(adapter_name, by), self.pst_plans[adapter_name]
                 return select_adapter_mask(*ranked, counts, plan.pattern, keep_zeros=plan.config.keep_zeros)
         except ValueError as error:
@@ -691,6 +750,10 @@ class PSTLayer(BaseTunerLayer):
         if not names:
             return
         self.check_outermost()
+        if self._is_offloaded:
+            with onload_layer(self):  # as PEFT's own methods do, which write back what they have merged
+                self.merge(safe_merge, names)
+            return
         self._check_writable()
         self._warn_if_never_pruned(names, "Merging")
         merged_names = self.merged_adapters + names
@@ -700,10 +763,15 @@ class PSTLayer(BaseTunerLayer):
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(_broken_message(names[-1]))
         self._check_zeros(merged, merged_names)
+        values, was_offloaded = self._as_stored(merged), offload_hook(self._base) is not None
+        if self._dense_weight is None:
+            self._offload_folder = offload_folder(self._base)
+        if self._offload_folder is not None:
+            values = moved_to_disk(values, self._offload_folder)
         if self._dense_weight is None:
             # On the CPU, so that merging does not double the memory of the accelerator.
-            self._dense_weight = copy_of(self._stored)
-        replace_values(self._stored, self._as_stored(merged))
+            self._dense_weight = take_dense_weight(self._base) if was_offloaded else copy_of(self._stored)
+        replace_values(self._stored, values)
         self.merged_adapters = merged_names
         self._masked_weight = None
 
@@ -749,9 +817,14 @@ class PSTLayer(BaseTunerLayer):
         if self._dense_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        if self._is_offloaded:
+            with onload_layer(self):
+                self.unmerge()
+            return
         self._check_writable()
         # The model may have been moved or cast meanwhile.
-        replace_values(self._stored, self._dense_weight.to(self._stored.device, self._stored.dtype))
+        device = self._stored.device if self._offload_folder is None else "cpu"  # where it is mapped from its file
+        replace_values(self._stored, self._dense_weight.to(device, self._stored.dtype))
         self._dense_weight = None
         self.merged_adapters = []
         self._masked_weight = None

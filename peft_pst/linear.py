@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers.pytorch_utils import Conv1D
 
 from .masked_linear import masked_linear
 from .module import PSTModule
+from .offloading import at_hand
 
 
 class PSTLinear(PSTModule):
@@ -28,10 +30,23 @@ class PSTLinear(PSTModule):
         if not names:
             return self.base_layer(x, *args, **kwargs)
         self._warn_about_hooks()
-        bias = self._base.bias
-        if torch.is_grad_enabled() and self._trains(names):
-            return masked_linear(x, self._dense(), bias, self._pruners(names))
-        return F.linear(x, self._inference_weight(names), bias)
+        with self.loading_once():
+            return self._product(x.to(self._device), names)
+
+    def _product(self, x: Tensor, names: list[str]) -> Tensor:
+        bias = self._base.bias if self._base.bias is None else at_hand(self._base, "bias")
+        if not (torch.is_grad_enabled() and self._trains(names)):
+            return F.linear(x, self._inference_weight(names), bias)
+        weight, pruners = self._dense(), self._pruners(names)
+        if not self._is_offloaded:
+            return masked_linear(x, weight, bias, pruners)
+        place = weight.data_ptr()
+        # Read again for the backward, or all weights of the model would be in memory when it starts.
+        with saved_tensors_hooks(
+            lambda tensor: None if tensor.data_ptr() == place else tensor,
+            lambda saved: self._dense() if saved is None else saved,
+        ):
+            return masked_linear(x, weight, bias, pruners)
 
     def _warn_about_hooks(self) -> None:
         base = self._base

@@ -100,9 +100,10 @@ class PSTModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, AuxiliaryTrainingWrapper):
+        if isinstance(child, AuxiliaryTrainingWrapper) or isinstance(new_module, PSTLayer):
             # A module saved in full takes its place as it is. PEFT would read its weight, which a head of several
-            # layers, such as RoBERTa's, does not have.
+            # layers, such as RoBERTa's, does not have. An adapted layer is on its device already; PEFT would move it to
+            # that of the weight, which is none where it is offloaded.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -130,6 +131,8 @@ class PSTModel(BaseTuner):
             _check_untied(shared.get((layer.get_base_layer(), "weight")), layer.module_name, "Merging")
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for layer in pst_layers(self.model):
+            layer.keep_adapters_at_hand()  # PEFT dispatches a model anew right before, if it was dispatched
         # PEFT puts new parameters in the place of half-precision ones, and forgets which of them were frozen.
         trains = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)

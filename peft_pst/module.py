@@ -64,9 +64,10 @@ class PSTModule(nn.Module, PSTLayer):
     def _inference_weight(self, adapter_names: list[str]) -> Tensor:
         if torch.compiler.is_compiling():
             return effective_weight(self._dense(), self._pruners(adapter_names))
-        if self.training or is_gathered_for_forward(self._base):
+        if self.training or is_gathered_for_forward(self._base) or self._is_offloaded:
             # A forward without gradient in mid-training (the first pass of a checkpointed block, a reference model), or
-            # a base that is sharded: keeping a dense copy for the next one would cost the memory of the whole model.
+            # a base that is sharded or offloaded: keeping a dense copy for the next one would cost the memory of the
+            # whole model.
             return self.get_masked_weight(adapter_names)
         tensors = (t for name in adapter_names for t in self._origin(name, self.get_factors(name)))
         origin = (tuple(adapter_names), fingerprint(tensors))
@@ -75,6 +76,7 @@ class PSTModule(nn.Module, PSTLayer):
         return self._masked_weight[1]
 
     def train(self, mode: bool = True) -> PSTModule:
+        self.keep_adapters_at_hand()
         if mode:
             self._masked_weight = None
         return super().train(mode)

@@ -25,6 +25,7 @@ from .group_selection import entries
 from .layer import PSTLayer
 from .masking import count_zeros, num_pruned
 from .model import pst_layers
+from .offloading import at_hand
 from .sharding import whole
 from .tables import sparsity_table
 
@@ -327,7 +328,7 @@ def _adapters_to_report(layer: PSTLayer, adapter_name: str | None) -> list[str]:
 
 def _count_layer(layer: PSTLayer, names: list[str]) -> LayerSparsity:
     base = layer.get_base_layer()
-    weight: Any = base.weight
+    weight: Any = at_hand(base, "weight")
     # A merged layer is counted as it stands, whatever was done to it since.
     is_merged = sorted(layer.merged_adapters) == sorted(names)
     target = max(layer.pst_plans[name].target_sparsity for name in names)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import PSTConfig
 from .module import PSTModule
+from .offloading import at_hand, not_offloading
 
 
 @contextmanager
@@ -44,8 +45,17 @@ class PSTSwapped(PSTModule):
         names = self._names_in_force()
         if not names:
             return self.base_layer(*args, **kwargs)
-        with in_place_of_own(self._base, {"weight": self._as_stored(self._weight_in_force(names))}):
+        with self.loading_once(), self._loaded_in_place(self._as_stored(self._weight_in_force(names))):
             return self.base_layer(*args, **kwargs)
+
+    @contextmanager
+    def _loaded_in_place(self, weight: Tensor) -> Iterator[None]:
+        base = self._base
+        weights: dict[str, Any] = {
+            name: at_hand(base, name) for name, own in base._parameters.items() if own is not None
+        }
+        with in_place_of_own(base, {**weights, "weight": weight}), not_offloading(base):
+            yield
 
 
 class PSTConv(PSTSwapped):
