@@ -56,6 +56,11 @@ class StoredTensor:
     tensors: Any
 
     @property
+    def is_floating(self) -> bool:
+        """Whether the tensor holds floating-point numbers, of which zeros are counted."""
+        return self.dtype in _FLOATING
+
+    @property
     def bits(self) -> int:
         """Of one entry."""
         return _BITS[self.dtype]
@@ -137,7 +142,7 @@ def floating_tensors(files: Iterable[Path]) -> Iterator[StoredTensor]:
         ...     [(stored.key, stored.shape) for stored in floating_tensors(checkpoint_files(folder))]
         [('up.weight', (4, 8))]
     """
-    return (stored for stored in stored_tensors(files) if stored.dtype in _FLOATING)
+    return (stored for stored in stored_tensors(files) if stored.is_floating)
 
 
 def stored_tensors(files: Iterable[Path]) -> Iterator[StoredTensor]:

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoint import checkpoint_files, floating_tensors
+from .checkpoint import StoredTensor, checkpoint_files, floating_tensors, is_compact, stored_tensors
 from .group_selection import entries
 from .layer import PSTLayer
 from .masking import count_zeros, num_pruned
 from .model import pst_layers
 from .offloading import at_hand
+from .packing import compact_ratio
 from .sharding import whole
 from .tables import sparsity_table
 
@@ -87,6 +88,29 @@ class LayerSparsity:
 
 
 @dataclass(frozen=True)
+class StoredSizes:
+    """What the tensors of a checkpoint take, in bytes, without the headers of the files.
+
+    Attributes:
+        dense: all tensors, if every entry is stored.
+        stored: all tensors, as the files store them.
+        layers_dense: the report's `layers`, if every entry is stored.
+        layers_stored: the report's `layers`, as the files store them.
+        layers_theory: the report's `layers` as packed mask and values, from the zeros that were counted.
+        layers_bits: of one entry of `layers`; None where they differ.
+        is_compact: whether the checkpoint is a compact one.
+    """
+
+    dense: int
+    stored: int
+    layers_dense: int
+    layers_stored: int
+    layers_theory: float
+    layers_bits: int | None
+    is_compact: bool
+
+
+@dataclass(frozen=True)
 class SparsityReport:
     """Zeros of a model, counted from its tensors.
 
@@ -98,6 +122,7 @@ class SparsityReport:
         total_parameters: parameters of the plain model, the adapter not counted.
         trainable_parameters: parameters that the adapter trains and saves, head included; None where none is known.
         files: sizes on disk in bytes, by file name; empty for a live model.
+        sizes: what the tensors take densely and packed; None for a live model.
 
     Example:
         >>> row = LayerSparsity("layers.0.up", (4, 8), zeros=24, promised=24, target_sparsity=0.75)
@@ -112,6 +137,7 @@ class SparsityReport:
     total_parameters: int = 0
     trainable_parameters: int | None = None
     files: Mapping[str, int] = field(default_factory=dict)
+    sizes: StoredSizes | None = None
 
     @property
     def zeros(self) -> int:
@@ -158,6 +184,7 @@ class SparsityReport:
             "total_parameters": self.total_parameters,
             "trainable_parameters": self.trainable_parameters,
             "files": dict(self.files),
+            "sizes": None if self.sizes is None else asdict(self.sizes),
             "lost_zeros": [layer.name for layer in self.lost_zeros],
             "misses_target": [layer.name for layer in self.misses_target],
             "layers": [_row_to_dict(layer) for layer in self.layers],
@@ -179,6 +206,7 @@ class SparsityReport:
                 total_parameters=values["total_parameters"],
                 trainable_parameters=values["trainable_parameters"],
                 files=dict(values["files"]),
+                sizes=None if values.get("sizes") is None else StoredSizes(**values["sizes"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is not a sparsity report ({type(error).__name__}: {error})") from error
@@ -266,11 +294,14 @@ target_zeros=None, shares_target=False)
 def report_checkpoint(path: str | Path, *, progressbar: bool = False) -> SparsityReport:
     """Count the zeros of every floating-point matrix of a safetensors checkpoint, one tensor at a time.
 
+    A compact checkpoint is read like a dense one, and the report says what it saves.
+
     A `pst_report.json` beside the weights, as `peft-pst merge` writes it, says which layers were pruned and how many
     zeros each was promised; then `layers` holds these, and a layer that lost zeros since is flagged.
 
     Args:
-        path: a folder with `model.safetensors`, a sharded checkpoint, or other safetensors files; or one such file.
+        path: a folder with `model.safetensors`, a sharded checkpoint, a compact one, or other safetensors files; or one
+            such file.
         progressbar: whether to show progress on a terminal.
 
     Raises:
@@ -290,19 +321,35 @@ def report_checkpoint(path: str | Path, *, progressbar: bool = False) -> Sparsit
     files = checkpoint_files(path)
     promise_file = files[0].parent / REPORT_NAME
     promise = SparsityReport.load(promise_file) if promise_file.is_file() else None
-    matrices, total = [], 0
-    for stored in _progress([*floating_tensors(files)], progressbar, "counting", "tensor"):
-        total += math.prod(stored.shape)
-        if len(stored.shape) == 2:
+    matrices = []
+    tensors = [*stored_tensors(files)]
+    for stored in _progress(tensors, progressbar, "counting", "tensor"):
+        if stored.is_floating and len(stored.shape) == 2:
             matrices.append(LayerSparsity(_layer_name(stored.key), stored.shape, count_zeros(stored.read())))
     layers, others = _split(matrices) if promise is None else _compare(matrices, promise, promise_file)
     return SparsityReport(
         source=str(path),
         layers=layers,
         others=others,
-        total_parameters=total,
+        total_parameters=sum(math.prod(stored.shape) for stored in tensors if stored.is_floating),
         trainable_parameters=None if promise is None else promise.trainable_parameters,
         files={file.name: file.stat().st_size for file in files},
+        sizes=_sizes(tensors, layers, is_compact(files)),
+    )
+
+
+def _sizes(tensors: Sequence[StoredTensor], layers: Sequence[LayerSparsity], compact: bool) -> StoredSizes:
+    found = {_layer_name(stored.key): stored for stored in tensors}
+    pairs = [(found[layer.name], layer) for layer in layers]
+    bits = {stored.bits for stored, _ in pairs}
+    return StoredSizes(
+        dense=sum(stored.dense_bytes for stored in tensors),
+        stored=sum(stored.stored_bytes for stored in tensors),
+        layers_dense=sum(stored.dense_bytes for stored, _ in pairs),
+        layers_stored=sum(stored.stored_bytes for stored, _ in pairs),
+        layers_theory=sum(stored.dense_bytes * compact_ratio(stored.bits, layer.sparsity) for stored, layer in pairs),
+        layers_bits=bits.pop() if len(bits) == 1 else None,
+        is_compact=compact,
     )
 
 

@@ -139,10 +139,30 @@ def _file_remarks(report: SparsityReport) -> Iterator[tuple[str, str]]:
     if sizes:
         one = f" in {next(iter(sizes))}" if len(sizes) == 1 else f" in {len(sizes)} files"
         yield "On disk", f"{file_size(sum(sizes.values()))}{one}"
-    if report.zeros:
+    yield from _size_remarks(report)
+    if report.zeros and not (report.sizes and report.sizes.is_compact):
         yield "Note", "in a dense matrix a zero takes the room and the time of any other number"
     if report.target_sparsity is None:
         yield "Target", "not known; a pst_report.json beside the weights, as `peft-pst merge` writes it, would tell"
+
+
+def _size_remarks(report: SparsityReport) -> Iterator[tuple[str, str]]:
+    sizes = report.sizes
+    if sizes is None or not sizes.layers_dense:
+        return
+    theory = f"{100 * sizes.layers_theory / sizes.layers_dense:.2f} %"
+    if sizes.layers_bits:
+        theory = f"1/{sizes.layers_bits} + (1 - {report.sparsity:.4g}) = {theory}"
+    if sizes.is_compact:
+        yield "Tensors", f"{_of(sizes.stored, sizes.dense)} that a dense checkpoint takes"
+        yield "These matrices", f"{_of(sizes.layers_stored, sizes.layers_dense)}; in theory {theory}"
+    elif sizes.layers_theory < 0.9 * sizes.layers_dense:
+        saved = file_size(round(sizes.layers_theory))
+        yield "Compact", f"{saved} instead of {file_size(sizes.layers_dense)}, {theory}, with `peft-pst compact`"
+
+
+def _of(part: int, total: int) -> str:
+    return f"{file_size(part)}, {100 * part / total:.2f} % of the {file_size(total)}"
 
 
 def draw_table(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import peft_pst.report
-from peft_pst import PSTConfig
+from peft_pst import PSTConfig, compact_checkpoint, topk_mask
 from peft_pst.masking import num_pruned
 from peft_pst.model import pst_layers
 from peft_pst.report import (
@@ -335,3 +335,56 @@ def test_a_table_marks_groups_that_miss_the_target_in_part():
 
 def test_counting_zeros_of_eight_bit_floats():
     assert count_zeros(torch.tensor([0.0, 1.0, -0.0]).to(torch.float8_e5m2)) == 2
+
+
+def pruned_checkpoint(folder, dtype=torch.bfloat16):
+    folder.mkdir()
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64)
+    tensors = {
+        "layers.0.up.weight": weight.where(topk_mask(weight.abs(), 0.9), 0).to(dtype),
+        "layers.1.up.weight": weight.where(topk_mask(weight.abs(), 0.7), 0).to(dtype),
+        "embed.weight": torch.randn(30, 64).to(dtype),
+        "ids": torch.arange(16),
+    }
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+def test_a_compact_checkpoint_is_reported_as_the_dense_one_with_what_it_saves(tmp_path):
+    tensors = pruned_checkpoint(tmp_path / "dense")
+    compact_checkpoint(tmp_path / "dense", tmp_path / "small")
+    dense, small = report_checkpoint(tmp_path / "dense"), report_checkpoint(tmp_path / "small")
+    assert small.layers == dense.layers
+    assert small.others == dense.others
+    assert small.total_parameters == dense.total_parameters == 2 * 4096 + 1920
+    assert dense.sizes.dense == small.sizes.dense == sum(tensor.nbytes for tensor in tensors.values())
+    assert dense.sizes.stored == dense.sizes.dense
+    assert small.sizes.layers_stored == 2 * 512 + 2 * (4096 - num_pruned(4096, 0.9) + 4096 - num_pruned(4096, 0.7))
+    assert small.sizes.layers_theory == pytest.approx(small.sizes.layers_stored)
+    assert small.sizes.stored == small.sizes.layers_stored + 1920 * 2 + 16 * 8
+    assert (dense.sizes.is_compact, small.sizes.is_compact) == (False, True)
+    assert SparsityReport.from_dict(json.loads(json.dumps(small.to_dict()))) == small
+    table = small.to_table()
+    assert "4.3 kB, 26.26 % of the 16.4 kB; in theory 1/16 + (1 - 0.7999) = 26.26 %" in table
+    assert "Note" not in table
+    assert "4.3 kB instead of 16.4 kB, 1/16 + (1 - 0.7999) = 26.26 %, with `peft-pst compact`" in dense.to_table()
+
+
+def test_precisions_that_differ_and_dense_matrices_leave_the_formula_out(tmp_path):
+    pruned_checkpoint(tmp_path / "mixed")
+    file = tmp_path / "mixed" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "layers.1.up.weight": tensors["layers.1.up.weight"].float()}, file)
+    report = report_checkpoint(tmp_path / "mixed")
+    assert report.sizes.layers_bits is None
+    assert "1/16" not in report.to_table()
+    save_file({"layers.0.up.weight": torch.ones(8, 8)}, file)
+    assert "Compact" not in report_checkpoint(tmp_path / "mixed").to_table()
+
+
+def test_a_report_of_an_earlier_release_has_no_sizes(tmp_path):
+    pruned_checkpoint(tmp_path / "dense")
+    values = report_checkpoint(tmp_path / "dense").to_dict()
+    del values["sizes"]
+    assert SparsityReport.from_dict(values).sizes is None
