@@ -147,7 +147,7 @@ class NofM:
         Raises:
             ValueError: if they are.
         """
-        found = int(zeros.view(-1, self.m).sum(1).amax())
+        found = int(zeros.reshape(-1, self.m).sum(1).amax())
         if found > self.m - self.n:
             raise ValueError(
                 f"keep_zeros=True cannot be combined with pattern {self.name!r} here, since the base has {found} zeros "

@@ -61,6 +61,8 @@ def _reader(type_: Any) -> dict[str, Any]:
         return {"type": int, "nargs": "+", "metavar": "N"}
     if list[str] in options:
         return {"type": str, "nargs": "+", "metavar": "NAME"} | ({"action": _NamesOrPattern} if str in options else {})
+    if type_ is str:
+        return {"type": str}
     if type_ is bool:
         return {"type": string_to_bool, "nargs": "?", "const": True}
     if bool in options:
