@@ -359,6 +359,12 @@ def test_pst_options_come_from_the_config() -> None:
     given = {
         "target_sparsity": 0.7,
         "initial_sparsity": 0.1,
+        "pattern": "2x4",
+        "scope": "global",
+        "min_kept": 0.02,
+        "parts": {"c_attn": 3},
+        "projections": {},
+        "keep_zeros": True,
         "r": 4,
         "score_rank": 0,
         "structured": True,
@@ -398,6 +404,14 @@ def test_pst_options_come_from_the_config() -> None:
 def test_mask_interval_is_a_number_or_none(text: str, expected: int | None) -> None:
     options = parse(["--model_name_or_path", "m", "--output_dir", "o", "--mask_interval", text])
     assert options.pst.mask_interval == expected
+
+
+def test_pattern_and_projections_are_read() -> None:
+    named = '{"neurons": [{"inputs": ["up"], "output": "down"}]}'
+    required = ["--model_name_or_path", "m", "--output_dir", "o"]
+    options = parse([*required, "--pattern", "neurons", "--projections", named, "--target_sparsity", "0.5"])
+    assert (options.pst.pattern, options.pst.target_sparsity) == ("neurons", 0.5)
+    assert options.pst.projections == {"neurons": [{"inputs": ["up"], "output": "down"}]}
 
 
 @pytest.mark.parametrize(

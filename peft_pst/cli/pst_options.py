@@ -69,7 +69,7 @@ def _reader(type_: Any) -> dict[str, Any]:
         return {"type": _bool_or_name}
     if type(None) in options:
         return {"type": _count_or_none, "metavar": "N|none"}
-    return {"type": int if int in options else float}
+    return {"type": next(kind for kind in (str, int, float) if kind in options)}
 
 
 def _by_module(text: str) -> dict[str, Any]:
