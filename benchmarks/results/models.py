@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_pst.cli.base import Base, load_base
 from peft_pst.cli.options import ModelOptions
@@ -37,6 +37,8 @@ def load_causal_model(model: str) -> Base:
     path = model_path(model)
     if model != "smollm2":
         return load_base(ModelOptions(path), None)
+    from transformers import GgufConfig  # newer than the oldest transformers that the package supports
+
     tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=_SMOLLM2_FILE)
     loaded = AutoModelForCausalLM.from_pretrained(
         path,
