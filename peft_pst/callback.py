@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .layer import LayerPlan
 from .model import active_adapters, get_sparsity, update_sparsity
+from .reference import complete_reference
 from .sharding import whole
 
 
@@ -43,6 +44,7 @@ class PSTCallback(TrainerCallback):
                 "fsdp_config['cpu_ram_efficient_loading']=True hands out parameters only, but the number of zeros of a "
                 "PST adapter is a buffer, over which accelerate stumbles; set it to False."
             )
+        complete_reference(kwargs.get("model"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,4 +1,4 @@
-"""Default targets on real architectures from tiny configurations, and a life of one step for five of them."""
+"""Default targets on real architectures from tiny configurations, and the life of an adapter on each of them."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from peft_pst import PSTConfig, PSTLayer, update_sparsity
@@ -92,6 +94,14 @@ VIT = {
     "patch_size": 4,
 }
 
+WHISPER = {
+    **{key: value for key, value in BART.items() if key != "max_position_embeddings"},
+    "num_mel_bins": 8,
+    "max_source_positions": 8,
+    "max_target_positions": 8,
+    **{f"{kind}_token_id": 0 for kind in ("pad", "bos", "eos", "decoder_start")},
+}
+
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**ENCODER)),
     "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**ENCODER)),
@@ -126,6 +136,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "t5-gated": lambda: T5ForConditionalGeneration(T5Config(**T5, feed_forward_proj="gated-gelu")),
     "bart": lambda: BartForConditionalGeneration(BartConfig(**BART)),
     "vit": lambda: ViTForImageClassification(ViTConfig(**VIT)),
+    "whisper": lambda: WhisperForConditionalGeneration(WhisperConfig(**WHISPER)),
 }
 
 
@@ -200,6 +211,7 @@ EXPECTED: dict[str, set[str]] = {
     "t5": t5_layers("wi", "wo"),
     "t5-gated": t5_layers("wi_0", "wi_1", "wo"),
     "bart": blocks("model.encoder.layers", *OPT_LAYERS) | blocks("model.decoder.layers", *OPT_LAYERS, *CROSS),
+    "whisper": blocks("model.encoder.layers", *OPT_LAYERS) | blocks("model.decoder.layers", *OPT_LAYERS, *CROSS),
     "vit": blocks(
         "vit.layers",
         "attention.q_proj",
@@ -253,14 +265,17 @@ def test_experts_belong_to_the_block_that_holds_them() -> None:
     assert adapted_names(get_peft_model(model, PSTConfig())) == expected
 
 
+CLASSIFIERS = ("bert", "roberta", "distilbert", "deberta-v2", "mpnet", "electra", "vit")
+
+
 def batch(name: str) -> dict[str, Tensor]:
+    tokens, generator = torch.tensor([[3, 7, 11, 30], [5, 2, 39, 1]]), torch.Generator().manual_seed(1)
+    labels = torch.tensor([0, 1]) if name in CLASSIFIERS else tokens
     if name == "vit":
-        return {
-            "pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
-            "labels": torch.tensor([0, 1]),
-        }
-    tokens = torch.tensor([[3, 7, 11, 30], [5, 2, 39, 1]])
-    return {"input_ids": tokens, "labels": torch.tensor([0, 1]) if name == "bert" else tokens}
+        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator), "labels": labels}
+    if name == "whisper":
+        return {"input_features": torch.randn(2, 8, 16, generator=generator), "labels": labels}
+    return {"input_ids": tokens, "labels": labels}
 
 
 @torch.no_grad()
@@ -268,9 +283,9 @@ def logits(model: torch.nn.Module, name: str) -> Tensor:
     return model.eval()(**batch(name)).logits
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit"])
+@pytest.mark.parametrize("name", MODELS)
 def test_train_save_load_merge_and_reload(name: str, tmp_path: Path) -> None:
-    task = "SEQ_CLS" if name in ("bert", "vit") else None
+    task = "SEQ_CLS" if name in CLASSIFIERS else None
     config = PSTConfig(target_sparsity=0.7, r=2, score_rank=2, task_type=task)
     model = get_peft_model(make(name), config).train()
     trainable = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
