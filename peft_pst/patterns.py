@@ -165,11 +165,9 @@ class NofM:
         ranks = _rank_within(groups)
         if count == groups.shape[0] * (self.m - self.n):
             return (ranks >= self.m - self.n).view(scores.shape)
-        # On the way there, those that may go are ranked among each other.
-        candidates = _positions_below(ranks, self.m - self.n)
-        mask = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
-        mask[candidates] = select_mask(groups.reshape(-1)[candidates], count)
-        return mask.view(scores.shape)
+        # On the way there, those that may go are ranked among each other: below infinity, where all others are put.
+        groups = groups.clamp(max=torch.finfo(groups.dtype).max).masked_fill_(ranks >= self.m - self.n, math.inf)
+        return select_mask(groups.view(scores.shape), count)
 
 
 @dataclass(frozen=True)
@@ -380,7 +378,8 @@ def topk_mask(scores: Tensor, sparsity: float, pattern: str = "unstructured") ->
     parsed = parse_pattern(pattern)
     if isinstance(parsed, Coupled):
         raise ValueError(f"pattern={pattern!r} couples several matrices; one matrix has no mask of its own.")
-    matrix = scores if scores.ndim == 2 else scores.reshape(1, -1)
+    matrix = scores if scores.is_floating_point() else scores.double()
+    matrix = matrix if scores.ndim == 2 else matrix.reshape(1, -1)
     shape = (matrix.shape[0], matrix.shape[1])
     parsed.check_fits(shape)
     return select_pattern_mask(matrix, parsed.num_pruned(shape, sparsity), parsed).view(scores.shape)
@@ -403,11 +402,3 @@ def _rank_within(groups: Tensor) -> Tensor:
             ranks[later] += comes_after
             ranks[earlier] += ~comes_after
     return torch.stack(ranks, 1)
-
-
-def _positions_below(ranks: Tensor, limit: int) -> Tensor:
-    """Where the ranks are below a limit, ascending; a device need not be asked how many there are, `limit` a group."""
-    columns = torch.arange(ranks.shape[1], device=ranks.device).expand(ranks.shape)
-    by_rank = torch.empty_like(columns).scatter_(1, ranks.long(), columns)
-    starts = torch.arange(ranks.shape[0], device=ranks.device)[:, None] * ranks.shape[1]
-    return (by_rank[:, :limit].sort(1).values + starts).view(-1)
