@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .kernel_timing import time_kernels
 from .linear import is_linear
-from .report import count_zeros
+from .masking import count_zeros
 from .sparse_kernels import KERNELS, LinearKernel
 from .tables import draw_table
 

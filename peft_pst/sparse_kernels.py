@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
-from .report import count_zeros
+from .masking import count_zeros
 
 _HALF = (torch.bfloat16, torch.float16)
 _LARGEST_INDEX = 2**31 - 1
@@ -220,24 +220,27 @@ class Submatrix(LinearKernel):
         self.shape = tuple(weight.shape)
         self.kept_rows = (weight != 0).any(1).nonzero().squeeze(1)
         self.kept_columns = (weight != 0).any(0).nonzero().squeeze(1)
-        self.weight = weight[self.kept_rows][:, self.kept_columns].contiguous()
+        small = weight[self.kept_rows][:, self.kept_columns].contiguous()
+        kind = OneDNN if small.numel() and OneDNN.refusal(small) is None else Dense
+        self.product: LinearKernel = kind(small, rows)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         out_features, in_features = self.shape
         inputs = x if len(self.kept_columns) == in_features else x.index_select(1, self.kept_columns)
         if len(self.kept_rows) == out_features:
-            return F.linear(inputs, self.weight, bias)
+            return self.product(inputs, bias)
         result = x.new_zeros(len(x), out_features) if bias is None else bias.expand(len(x), out_features).clone()
         small_bias = None if bias is None else bias[self.kept_rows]
-        return result.index_copy_(1, self.kept_rows, F.linear(inputs, self.weight, small_bias))
+        return result.index_copy_(1, self.kept_rows, self.product(inputs, small_bias))
 
     @property
     def stored(self) -> Tensor:
-        return self.weight
+        return self.product.stored
 
     def dense_weight(self) -> Tensor:
-        dense = self.weight.new_zeros(self.shape)
-        dense[self.kept_rows[:, None], self.kept_columns] = self.weight
+        small = self.product.dense_weight()
+        dense = small.new_zeros(self.shape)
+        dense[self.kept_rows[:, None], self.kept_columns] = small
         return dense
 
 
