@@ -5,6 +5,7 @@ from ._version import __version__
 from .architecture import Projections, find_heads, find_neurons
 from .callback import PSTCallback
 from .compact import CompactSizes, compact_checkpoint, expand_checkpoint, load_compact
+from .comparison import SparsityComparison, compare_sparsity
 from .config import PSTConfig
 from .distillation import DistillationMixin, DistillationTrainer, distillation_loss
 from .heads import prune_heads
@@ -35,9 +36,11 @@ __all__ = [
     "PSTModel",
     "Projections",
     "ShrinkReport",
+    "SparsityComparison",
     "SparsityReport",
     "__version__",
     "compact_checkpoint",
+    "compare_sparsity",
     "create_pst_optimizer",
     "cubic_sparsity",
     "dense_again",

@@ -8,6 +8,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    from .comparison import SparsityComparison
     from .report import LayerSparsity, SparsityReport
 
 SHOW_ALL_UP_TO = 16
@@ -47,6 +48,30 @@ def sparsity_table(report: SparsityReport, show_all: bool | None = None) -> str:
         left=(0, 6, 8),
     )
     return "\n".join([f"Sparsity of {report.source}", "", *lines, "", *_remarks(report)])
+
+
+def comparison_table(comparison: SparsityComparison, show_all: bool = False) -> str:
+    """See `SparsityComparison.to_table`."""
+    title = f"Zeros of {comparison.reference} in {comparison.source}"
+    shown = comparison.layers if show_all else comparison.lost_layers
+    count = f"{comparison.reference_zeros:,} zeros in {len(comparison.layers):,} matrices"
+    if comparison.lost:
+        verdict = (
+            f"✗ {len(comparison.lost_layers):,} of {len(comparison.layers):,} matrices lost {comparison.lost:,} of "
+            f"{comparison.reference_zeros:,} zeros: they were changed without the mask"
+        )
+    else:
+        verdict = f"✓ all {count} are still zero"
+    if not shown:
+        return f"{title}\n\n{verdict}"
+    rows = [_comparison_row(row.name, row.reference_zeros, row.lost) for row in shown]
+    footer = _comparison_row("total", sum(row.reference_zeros for row in shown), sum(row.lost for row in shown))
+    lines = draw_table(("layer", "zeros", "still zero", "lost", ""), rows, footer, left=(0, 4))
+    return "\n".join([title, "", *lines, "", verdict])
+
+
+def _comparison_row(name: str, zeros: int, lost: int) -> tuple[str, ...]:
+    return name, f"{zeros:,}", f"{zeros - lost:,}", f"{lost:,}", f"✗ {100 * lost / zeros:.2f} %" if lost else "✓"
 
 
 def by_kind(layers: Sequence[_Layer]) -> list[tuple[str, list[_Layer]]]:

@@ -21,7 +21,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status. A user's mistake ends in one line on standard error and status 2."""
+    """Run a command; returns the exit status. A user's mistake ends in one line on standard error and status 2.
+
+    A command may return a status of its own, as `report --against` does where zeros were lost.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -36,11 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"peft-pst: error: {command!r} is none of {', '.join(COMMANDS)}; see peft-pst --help.", file=sys.stderr)
         return 2
     try:
-        importlib.import_module(f".{command}", __name__).run(rest)
+        return importlib.import_module(f".{command}", __name__).run(rest) or 0
     except UserError as error:
         print(f"peft-pst {command}: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _usage() -> str:

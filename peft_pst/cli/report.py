@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
+from ..comparison import SparsityComparison, compare_sparsity
 from ..model import pst_layers
 from ..plots import plot_kept_weights, plot_layer_sparsity, plot_training
 from ..report import LayerSparsity, SparsityReport, checkpoint_weight, report_checkpoint, report_model
@@ -28,13 +29,18 @@ against the target. Prints a table; writes report.json and pictures: the sparsit
 one layer, and, where there is a trainer_state.json, the training run."""
 
 REPORT_FOLDER = "report"
+COMPARISON_NAME = "comparison.json"
 
 # What stands in for the table's signs on terminals without Unicode.
 _PLAIN = str.maketrans({"━": "#", "╸": "#", "─": "-", "✓": "ok", "✗": "!!", "…": "~"})
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Report on an adapter or a checkpoint; raises `UserError` before anything is written."""
+def run(arguments: Sequence[str]) -> int:
+    """Report on an adapter or a checkpoint; raises `UserError` before anything is written.
+
+    Returns:
+        1 where zeros of what `--against` names were lost, else 0.
+    """
     options = _parser().parse(arguments)
     require("matplotlib", "cli")
     path = Path(options.path)
@@ -43,14 +49,33 @@ def run(arguments: Sequence[str]) -> None:
     output = Path(options.output or (path.parent if path.is_file() else path) / REPORT_FOLDER)
     check_writable(output, "output")
     history = _log_history(path)
-    report, read_mask = _read(path, options.base_model)
+    report, read_mask, counted = _read(path, options.base_model)
     pictured = _find_layer(report, options.layer)
-    print_text(json.dumps(report.to_dict(), indent=2) if options.json else report.to_table(options.all or None))
+    comparison = None if options.against is None else _compare(counted, options.against, report.source)
+    if options.json:
+        against = {} if comparison is None else {"against": comparison.to_dict()}
+        print_text(json.dumps({**report.to_dict(), **against}, indent=2))
+    else:
+        tables = [report.to_table(options.all or None), *([comparison.to_table(options.all)] if comparison else [])]
+        print_text("\n\n".join(tables))
     try:
         written = write_report(output, report, read_mask(pictured), pictured.name, history)
+        if comparison is not None:
+            comparison.save(output / COMPARISON_NAME)
+            written.append(output / COMPARISON_NAME)
     except OSError as error:
         raise UserError(f"cannot write to {str(output)!r}: {error.strerror}; name a folder with --output.") from error
     print(f"\nWritten to {output}: {', '.join(file.name for file in written)}", file=sys.stderr)
+    return int(comparison is not None and comparison.lost > 0)
+
+
+def _compare(counted: PeftModel | Path, reference: str, source: str) -> SparsityComparison:
+    if not Path(reference).exists():
+        raise UserError(f"--against {reference}: there is no such file or folder.")
+    try:
+        return replace(compare_sparsity(counted, reference, progressbar=True), source=source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--against {reference}: {error}") from error
 
 
 def report_adapter(
@@ -98,18 +123,26 @@ def _parser() -> OneLineParser:
     parser.add_argument(
         "--output", metavar="DIR", help=f"where to write (default: the folder `{REPORT_FOLDER}` inside PATH)"
     )
+    parser.add_argument(
+        "--against",
+        metavar="MASKS",
+        help="a checkpoint, or a safetensors file of masks: say which of its zeros are there no longer, and end with "
+        "status 1 if any",
+    )
     parser.add_argument("--layer", metavar="NAME", help="layer whose kept weights are drawn (default: the first)")
     parser.add_argument("--all", action="store_true", help="one line for every layer, not for every kind of layer")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
     return parser
 
 
-def _read(path: Path, base_model: str | None) -> tuple[SparsityReport, Callable[[LayerSparsity], Tensor]]:
-    """The report, and the way to one layer's mask."""
+def _read(
+    path: Path, base_model: str | None
+) -> tuple[SparsityReport, Callable[[LayerSparsity], Tensor], PeftModel | Path]:
+    """The report, the way to one layer's mask, and what was counted."""
     if is_adapter(path):
         report, model = report_adapter(path, base_model, progressbar=True)
         layers = {layer.module_name: layer for layer in pst_layers(model)}
-        return report, lambda row: layers[row.name].get_mask("default")
+        return report, lambda row: layers[row.name].get_mask("default"), model
     if base_model is not None:
         raise UserError(f"--base_model {base_model!r} is for adapters, but {str(path)!r} has no {CONFIG_NAME}.")
     try:
@@ -118,7 +151,7 @@ def _read(path: Path, base_model: str | None) -> tuple[SparsityReport, Callable[
         raise UserError(error) from error
     if not report.layers:
         raise UserError(f"{str(path)!r} holds no floating-point matrices, so there is nothing to count.")
-    return report, lambda row: checkpoint_weight(path, row) != 0
+    return report, lambda row: checkpoint_weight(path, row) != 0, path
 
 
 def _find_layer(report: SparsityReport, name: str | None) -> LayerSparsity:
