@@ -83,6 +83,9 @@ class PSTConfig(PeftConfig):
             rest starts at zero, so the model starts unchanged. False: everything random, for tests; with r = 0 such
             an adapter also starts at its target sparsity, or it would change nothing.
         target_modules: names, suffixes, a regular expression, or "all-linear".
+        target_parameters: ends of the full names of parameters, beside `target_modules`: matrices (out, in) that a
+            module multiplies by itself, or stacks of them (experts, out, in), each of which is a matrix of its own.
+            With `target_modules=[]` nothing else is adapted.
         exclude_modules: names, suffixes or a regular expression of modules to leave alone.
         layers_to_transform: indices of the blocks to adapt; needs `target_modules` to be names or None.
         layers_pattern: name of the list of blocks, where `layers_to_transform` cannot find it.
@@ -193,6 +196,10 @@ class PSTConfig(PeftConfig):
         metadata={
             "help": 'Names, suffixes, a regular expression or "all-linear"; by default the linears of the blocks.'
         },
+    )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of parameters that are matrices or stacks of them, such as the experts of a mixture."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names, suffixes or a regular expression of modules to leave alone."}
@@ -345,10 +352,10 @@ def _check_kinds(config: PSTConfig) -> None:
     for name in ("structured", "fan_in_fan_out", "keep_zeros"):
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name}={getattr(config, name)!r} is neither True nor False.")
-    if config.modules_to_save is not None and not _are_names(config.modules_to_save):
-        raise ValueError(
-            f"modules_to_save={config.modules_to_save!r} is no list of names; pass a list of module names."
-        )
+    for name, what in (("modules_to_save", "module"), ("target_parameters", "parameter")):
+        value = getattr(config, name)
+        if value is not None and not _are_names(value):
+            raise ValueError(f"{name}={value!r} is no list of names; pass a list of {what} names.")
 
 
 def _are_names(value: object) -> bool:

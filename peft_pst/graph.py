@@ -37,5 +37,4 @@ def traced_packed_mask(origin: Sequence[Tensor], handle: int, adapter_name: str)
 
 @traced_packed_mask.register_fake
 def _(origin: Sequence[Tensor], handle: int, adapter_name: str) -> Tensor:
-    weight = origin[0]
-    return weight.new_empty(((weight.numel() + 7) // 8,), dtype=torch.uint8)
+    return origin[0].new_empty(((_layers[handle].num_weights + 7) // 8,), dtype=torch.uint8)

@@ -9,14 +9,20 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
-from .linear import PSTLinear, is_linear
+from .hosts import PSTMultiheadAttention
+from .linear import PSTLinear, PSTStoredLinear, is_linear
 from .module import PSTModule
 from .swapped import PSTConv, PSTEmbedding
 
+_COMPUTED = (
+    "its weight is no parameter of its own, but computed by a parametrization, so that no mask could be written into "
+    "it; call torch.nn.utils.parametrize.remove_parametrizations first"
+)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ADAPTED = (nn.Linear, Conv1D, nn.Embedding, nn.MultiheadAttention, *_CONVOLUTIONS)
 
 
-def kind_of(target: nn.Module, parent: nn.Module, name: str) -> type[PSTModule]:
+def kind_of(target: nn.Module, parent: nn.Module, name: str) -> type[PSTModule] | type[PSTMultiheadAttention]:
     """The class that adapts a module.
 
     Args:
@@ -34,17 +40,21 @@ def kind_of(target: nn.Module, parent: nn.Module, name: str) -> type[PSTModule]:
         Traceback (most recent call last):
         ...
         ValueError: Target module norm (LayerNorm) is not supported: PST adapts torch.nn.Linear, transformers' Conv1D, \
-torch.nn.Conv1d, Conv2d, Conv3d and Embedding; take it out of target_modules.
+torch.nn.Conv1d, Conv2d, Conv3d, Embedding and MultiheadAttention; take it out of target_modules.
     """
-    reason = _refusal(target, parent)
+    reason = _refusal(target)
     if reason:
         raise ValueError(f"Target module {name} ({type(target).__name__}) is not supported: {reason}.")
+    if isinstance(target, nn.MultiheadAttention):
+        return PSTMultiheadAttention
     if isinstance(target, nn.Embedding):
         return PSTEmbedding
-    return PSTConv if isinstance(target, _CONVOLUTIONS) else PSTLinear
+    if isinstance(target, _CONVOLUTIONS):
+        return PSTConv
+    return PSTLinear if is_linear(target, parent) else PSTStoredLinear
 
 
-def _refusal(target: nn.Module, parent: nn.Module) -> str:
+def _refusal(target: nn.Module) -> str:
     """Why a module cannot be adapted; empty where it can."""
     base: Any = target
     if isinstance(target, BaseTunerLayer):
@@ -57,25 +67,20 @@ def _refusal(target: nn.Module, parent: nn.Module) -> str:
             "a transposed convolution stores its weight by input channel, where with groups a row serves only some of "
             "the outputs, so that it has no rows of outputs to rank; take it out of target_modules"
         )
-    if not isinstance(target, (nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS)):
+    if not isinstance(target, _ADAPTED):
         return (
-            "PST adapts torch.nn.Linear, transformers' Conv1D, torch.nn.Conv1d, Conv2d, Conv3d and Embedding; take it "
-            "out of target_modules"
+            "PST adapts torch.nn.Linear, transformers' Conv1D, torch.nn.Conv1d, Conv2d, Conv3d, Embedding and "
+            "MultiheadAttention; take it out of target_modules"
         )
+    if isinstance(target, nn.MultiheadAttention):
+        names = ["in_proj_weight"] if base.in_proj_weight is not None else ["q_proj_weight", "k_proj_weight"]
+        return "" if all(target._parameters.get(name) is not None for name in names) else _COMPUTED
     if target._parameters.get("weight") is None:
-        return (
-            "its weight is no parameter of its own, but computed by a parametrization, so that no mask could be "
-            "written into it; call torch.nn.utils.parametrize.remove_parametrizations first"
-        )
+        return _COMPUTED
     if is_lazy(base.weight):
         return "its weight has no shape yet; run a batch through the model first"
     if not base.weight.dtype.is_floating_point:
         return f"its weight is stored as {base.weight.dtype}; dequantise the model first"
-    if isinstance(target, (nn.Linear, Conv1D)) and not is_linear(target, parent):
-        return (
-            "torch.nn.MultiheadAttention and torch.nn.TransformerEncoderLayer read its weight without calling it, so "
-            "that an adapter would have no effect; take it out of target_modules"
-        )
     return _embedding_refusal(target) if isinstance(target, nn.Embedding) else ""
 
 
@@ -88,3 +93,30 @@ def _embedding_refusal(embedding: nn.Embedding) -> str:
     if embedding.sparse:
         return "sparse=True asks for a sparse gradient, and the scores need the dense one; set sparse to False"
     return ""
+
+
+def check_parameter(module: nn.Module, name: str, path: str) -> None:
+    """Refuse what `target_parameters` matches, unless it is a matrix, or a stack of them, that only its module reads.
+
+    Raises:
+        ValueError: saying why.
+
+    Example:
+        >>> check_parameter(nn.Conv1d(2, 3, 4), "weight", "stem.weight")
+        Traceback (most recent call last):
+        ...
+        ValueError: Target parameter stem.weight is not supported: Conv1d is adapted as a whole; name it in \
+target_modules.
+    """
+    parameter = getattr(module, name)
+    reason = ""
+    if isinstance(module, (*_ADAPTED, BaseTunerLayer)):
+        reason = f"{type(module).__name__} is adapted as a whole; name it in target_modules"
+    elif name not in module._parameters:
+        reason = _COMPUTED
+    elif parameter.dim() not in (2, 3):
+        reason = f"it has the shape {tuple(parameter.shape)}; a matrix is (out, in), a stack of them (experts, out, in)"
+    elif not parameter.dtype.is_floating_point:
+        reason = f"it is stored as {parameter.dtype}; dequantise the model first"
+    if reason:
+        raise ValueError(f"Target parameter {path} is not supported: {reason}.")

@@ -85,18 +85,20 @@ class LayerPlan:
 
     @classmethod
     def of(
-        cls, config: PSTConfig, status: ScheduleStatus, module_name: str, shape: Size, num_parts: int = 1
+        cls, config: PSTConfig, status: ScheduleStatus, names: Sequence[str], shape: Size, num_parts: int = 1
     ) -> LayerPlan:
         """The plan for a matrix (out, in) that is made of so many parts if the configuration says nothing else."""
+        module_name = names[0]
 
         def resolve(pattern: dict[str, Any], default: Any) -> Any:
-            return pattern.get(get_pattern_key(list(pattern), module_name), default)
+            keys = (get_pattern_key(list(pattern), name) for name in names)
+            return next((pattern[key] for key in keys if key in pattern), default)
 
         pattern = parse_pattern(config.pattern)
         # Coupled groups are ranked over all rows that they have anywhere.
         num_parts = 1 if isinstance(pattern, Coupled) else resolve(config.parts, num_parts)
         part = (shape[0] // num_parts, shape[1])
-        own_target = get_pattern_key(list(config.sparsity_pattern), module_name) in config.sparsity_pattern
+        own_target = resolve(config.sparsity_pattern, None) is not None
         plan = cls(
             config,
             status,
@@ -202,7 +204,7 @@ class PSTLayer(BaseTunerLayer):
     pst_S: nn.ParameterDict  # noqa: N815  # the formula's letter
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
-        self.base_layer = base_layer
+        self._hold_base(base_layer)
         self.module_name = module_name
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
@@ -212,7 +214,7 @@ class PSTLayer(BaseTunerLayer):
         self.pst_plans: dict[str, LayerPlan] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.out_features, self.in_features = self._as_matrix(self._stored).shape
+        self.out_features, self.in_features = self._as_matrix(self._share(self._stored)).shape
         # Plain attributes, not buffers: none of these belongs in a state dict.
         self._dense_weight: Tensor | None = None  # the base weight while an adapter is merged
         self._loaded_weight: Tensor | None = None  # an offloaded base weight while it is worked with
@@ -236,9 +238,18 @@ class PSTLayer(BaseTunerLayer):
     # Where the matrix is stored; kinds of base layers that have it in another place or form override these
 
     @property
+    def stored_name(self) -> str:
+        """Under which name the base layer holds the tensor with the matrix."""
+        return "weight"
+
+    @property
     def _stored(self) -> Tensor:
         """The tensor of the base layer that holds the matrix."""
-        return self._base.weight
+        return getattr(self._base, self.stored_name)
+
+    def _share(self, stored: Tensor) -> Tensor:
+        """The part of that tensor which is this matrix: a view."""
+        return stored
 
     def _as_matrix(self, stored: Tensor) -> Tensor:
         """What the base layer stores, as (out, in)."""
@@ -248,11 +259,27 @@ class PSTLayer(BaseTunerLayer):
         """A matrix, (out, in), in the shape and memory layout in which the base layer stores it."""
         return matrix
 
+    def _hold_base(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+
+    def _keep_dense(self) -> Tensor:
+        """What is put back when unmerging; on the CPU, so that merging does not double an accelerator's memory."""
+        return copy_of(self._stored)
+
+    def _write(self, values: Tensor) -> None:
+        """Put other values, of the shape that is stored, in the place of the matrix."""
+        replace_values(self._stored, values)
+
+    @property
+    def pattern_names(self) -> tuple[str, ...]:
+        """By what the configuration's patterns know this matrix, the narrowest first."""
+        return (self.module_name,)
+
     # Adapter life
 
     def update_layer(self, adapter_name: str, config: PSTConfig, status: ScheduleStatus) -> None:
         """Add an adapter, or start an existing one afresh."""
-        plan = LayerPlan.of(config, status, self.module_name, (self.out_features, self.in_features), self.num_parts)
+        plan = LayerPlan.of(config, status, self.pattern_names, (self.out_features, self.in_features), self.num_parts)
         for name in (*self.adapter_layer_names, "pst_mask", "pst_positions"):
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]  # the new configuration may have no such part
@@ -616,6 +643,10 @@ class PSTLayer(BaseTunerLayer):
             # Laid out as the base layer stores it, so that this weight, once merged, gives the same sums bit for bit.
             return self._as_matrix(self._as_stored(weight))
 
+    def get_stored_weight(self) -> Tensor:
+        """What the base layer holds now, (out, in): the masked weight while merged, else the dense one."""
+        return self._as_matrix(self._share(whole(self._at_hand()))).detach()
+
     def get_dense_weight(self) -> Tensor:
         """The base weight without any adapter, (out, in), also while merged."""
         return self._dense().detach()
@@ -623,7 +654,7 @@ class PSTLayer(BaseTunerLayer):
     @property
     def _device(self) -> torch.device:
         """Where the layer computes."""
-        return computing_device(self._base) if self._stored.is_meta else self._stored.device
+        return computing_device(self._base) if self._is_offloaded else self._stored.device
 
     @property
     def _is_offloaded(self) -> bool:
@@ -639,7 +670,7 @@ class PSTLayer(BaseTunerLayer):
         if not self._is_offloaded or self._loaded_weight is not None or self._dense_weight is not None:
             yield
             return
-        self._loaded_weight = at_hand(self._base, "weight")
+        self._loaded_weight = at_hand(self._base, self.stored_name)
         try:
             yield
         finally:
@@ -651,7 +682,11 @@ class PSTLayer(BaseTunerLayer):
             return self._dense_weight.to(self._device, self._stored.dtype)
         if self._loaded_weight is not None:
             return self._loaded_weight
-        stored = at_hand(self._base, "weight") if self._stored.is_meta else self._stored
+        return self._at_hand()
+
+    def _at_hand(self) -> Tensor:
+        """What the base layer holds, where the layer computes."""
+        stored = at_hand(self._base, self.stored_name) if self._stored.is_meta else self._stored
         if stored is None:
             raise RuntimeError(
                 f"Layer {self.module_name}: the base weight has no data (meta device), so it cannot be pruned; load "
@@ -661,6 +696,8 @@ class PSTLayer(BaseTunerLayer):
 
     def _dense(self) -> Tensor:
         base, weight = self._stored, whole(self._dense_stored())
+        if self._dense_weight is None:
+            weight = self._share(weight)
         # DeepSpeed's own mark: it gathers the base weight within a forward, and would miss the adapter's tensors.
         if hasattr(base, "ds_id") or weight.numel() != self.num_weights:
             raise RuntimeError(
@@ -769,9 +806,8 @@ class PSTLayer(BaseTunerLayer):
         if self._offload_folder is not None:
             values = moved_to_disk(values, self._offload_folder)
         if self._dense_weight is None:
-            # On the CPU, so that merging does not double the memory of the accelerator.
-            self._dense_weight = take_dense_weight(self._base) if was_offloaded else copy_of(self._stored)
-        replace_values(self._stored, values)
+            self._dense_weight = take_dense_weight(self._base) if was_offloaded else self._keep_dense()
+        self._write(values)
         self.merged_adapters = merged_names
         self._masked_weight = None
 
@@ -812,6 +848,10 @@ class PSTLayer(BaseTunerLayer):
                 f"promise {promised}. The base layer is unchanged. This is a defect of peft_pst, please report it."
             )
 
+    def drop_dense(self) -> None:
+        """Forget the dense weight of a merged layer that is about to be taken out of the model."""
+        self._dense_weight = None
+
     def unmerge(self) -> None:
         """Restore the dense base weight, bit for bit."""
         if self._dense_weight is None:
@@ -824,7 +864,7 @@ class PSTLayer(BaseTunerLayer):
         self._check_writable()
         # The model may have been moved or cast meanwhile.
         device = self._stored.device if self._offload_folder is None else "cpu"  # where it is mapped from its file
-        replace_values(self._stored, self._dense_weight.to(device, self._stored.dtype))
+        self._write(self._dense_weight.to(device, self._stored.dtype))
         self._dense_weight = None
         self.merged_adapters = []
         self._masked_weight = None

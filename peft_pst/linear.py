@@ -62,6 +62,16 @@ class PSTLinear(PSTModule):
         )
 
 
+class PSTStoredLinear(PSTLinear):
+    """PST on a linear layer whose weight is read by what holds it, so that the weight read is the one in force."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The masked weight, differentiable where it trains; the base's own where no adapter is in force."""
+        names = self._names_in_force()
+        return self._as_stored(self._weight_in_force(names)) if names else self._stored
+
+
 def is_linear(module: nn.Module, parent: nn.Module) -> bool:
     """Whether a module is a linear map of its own, and not a store of weights that its parent reads past any adapter.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from .group_selection import couple
-from .kinds import kind_of
+from .hosts import PSTHost, PSTMultiheadAttention
+from .kinds import check_parameter, kind_of
 from .layer import LayerPlan, PSTLayer, ScheduleStatus
 from .loading import check_stored_adapter
 from .nesting import Place, check_not_nested
@@ -70,7 +71,7 @@ class PSTModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
             targets = find_block_linears(self.model)
-            if not targets:
+            if not targets and not peft_config.target_parameters:
                 raise ValueError(
                     "Please specify `target_modules` in `peft_config`: this model has no linear layers inside numbered "
                     'blocks. Pass a list of names, a regular expression, or "all-linear".'
@@ -88,22 +89,55 @@ class PSTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if parameter_name is not None:
+            self._adapt_parameter(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
+            return
         if isinstance(target, PSTLayer):
             target.update_layer(adapter_name, peft_config, self._status)
             return
+        if isinstance(target, PSTMultiheadAttention):
+            target.adapt_all(adapter_name, peft_config, self._status)
+            return
         kind = kind_of(target, parent, current_key)
-        _check_untied(self._shared.get((target, "weight")), current_key, "Adapting")
-        new_module = kind(target, adapter_name, peft_config, self._status, current_key)
+        for name in ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            _check_untied(self._shared.get((target, name)), current_key, "Adapting")
+        new_module: nn.Module
+        if issubclass(kind, PSTMultiheadAttention):
+            new_module = kind(target, current_key)
+            new_module.adapt_all(adapter_name, peft_config, self._status)
+        else:
+            new_module = kind(target, adapter_name, peft_config, self._status, current_key)
         if adapter_name not in self.active_adapters:
             # A further adapter is not trainable until it is activated.
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
+    def _adapt_parameter(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        parameter_path: str,
+        parameter_name: str,
+    ) -> None:
+        # A module whose parameters are adapted already comes by itself, or as what the host in its place holds.
+        found = [module for module in (target, parent) if isinstance(module, PSTHost)]
+        base = found[0].base_layer if found else target
+        check_parameter(base, parameter_name, parameter_path)
+        _check_untied(self._shared.get((base, parameter_name)), parameter_path, "Adapting")
+        host = found[0] if found else PSTHost(target, parameter_path.removesuffix(f".{parameter_name}"))
+        host.adapt(parameter_name, adapter_name, peft_config, self._status)
+        if not found:
+            self._replace_module(parent, target_name, host, target)
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, AuxiliaryTrainingWrapper) or isinstance(new_module, PSTLayer):
-            # A module saved in full takes its place as it is. PEFT would read its weight, which a head of several
-            # layers, such as RoBERTa's, does not have. An adapted layer is on its device already; PEFT would move it to
-            # that of the weight, which is none where it is offloaded.
+        if isinstance(child, AuxiliaryTrainingWrapper | PSTHost) or isinstance(new_module, PSTLayer):
+            # A module saved in full, or unloaded, takes its place as it is. PEFT would read its weight, which a head of
+            # several layers, such as RoBERTa's, does not have, nor a module that holds several matrices. An adapted
+            # layer is on its device already; PEFT would move it to that of the weight, which is none where it is
+            # offloaded.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -119,7 +153,8 @@ class PSTModel(BaseTuner):
         self._status = ScheduleStatus()
         self._shared = shared_weights(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        _warn_about_unmatched_patterns(self.peft_config[adapter_name], self.targeted_module_names)
+        names = {name for layer in pst_layers(model) if adapter_name in layer.pst_plans for name in layer.pattern_names}
+        _warn_about_unmatched_patterns(self.peft_config[adapter_name], names)
         _prepare_selection(model, adapter_name)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
@@ -128,7 +163,8 @@ class PSTModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         shared = shared_weights(self.model)
         for layer in pst_layers(self.model):
-            _check_untied(shared.get((layer.get_base_layer(), "weight")), layer.module_name, "Merging")
+            places = shared.get((layer.get_base_layer(), layer.stored_name))
+            _check_untied(places, layer.module_name, "Merging")
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in pst_layers(self.model):
@@ -346,7 +382,7 @@ def active_adapters(model: nn.Module) -> list[tuple[PSTLayer, str]]:
     return pairs
 
 
-def _warn_about_unmatched_patterns(config: Any, module_names: list[str]) -> None:
+def _warn_about_unmatched_patterns(config: Any, module_names: Collection[str]) -> None:
     # PEFT itself looks after `rank_pattern`.
     for field in ("sparsity_pattern", "parts", "residual_pattern", "score_rank_pattern"):
         unmatched = [

@@ -64,16 +64,25 @@ class PSTModule(nn.Module, PSTLayer):
     def _inference_weight(self, adapter_names: list[str]) -> Tensor:
         if torch.compiler.is_compiling():
             return effective_weight(self._dense(), self._pruners(adapter_names))
-        if self.training or is_gathered_for_forward(self._base) or self._is_offloaded:
-            # A forward without gradient in mid-training (the first pass of a checkpointed block, a reference model), or
-            # a base that is sharded or offloaded: keeping a dense copy for the next one would cost the memory of the
-            # whole model.
+        if not self._may_keep_weight():
             return self.get_masked_weight(adapter_names)
-        tensors = (t for name in adapter_names for t in self._origin(name, self.get_factors(name)))
-        origin = (tuple(adapter_names), fingerprint(tensors))
+        origin = self._weight_origin(adapter_names)
         if self._masked_weight is None or self._masked_weight[0] != origin:
             self._masked_weight = (origin, self.get_masked_weight(adapter_names))
         return self._masked_weight[1]
+
+    def _may_keep_weight(self) -> bool:
+        """Whether the masked weight may be kept for the next forward.
+
+        In a forward without gradient in mid-training (the first pass of a checkpointed block, a reference model), or
+        where the base is sharded or offloaded, a dense copy would cost the memory of the whole model.
+        """
+        return not self.training and not is_gathered_for_forward(self._base) and not self._is_offloaded
+
+    def _weight_origin(self, adapter_names: Sequence[str]) -> object:
+        """A value that differs once the masked weight of these adapters may be another one."""
+        tensors = (tensor for name in adapter_names for tensor in self._origin(name, self.get_factors(name)))
+        return tuple(adapter_names), fingerprint(tensors)
 
     def train(self, mode: bool = True) -> PSTModule:
         self.keep_adapters_at_hand()

@@ -25,9 +25,7 @@ from .group_selection import entries
 from .layer import PSTLayer
 from .masking import count_zeros, num_pruned
 from .model import pst_layers
-from .offloading import at_hand
 from .packing import compact_ratio
-from .sharding import whole
 from .tables import sparsity_table
 
 REPORT_NAME = "pst_report.json"
@@ -375,7 +373,6 @@ def _adapters_to_report(layer: PSTLayer, adapter_name: str | None) -> list[str]:
 
 def _count_layer(layer: PSTLayer, names: list[str]) -> LayerSparsity:
     base = layer.get_base_layer()
-    weight: Any = at_hand(base, "weight")
     # A merged layer is counted as it stands, whatever was done to it since.
     is_merged = sorted(layer.merged_adapters) == sorted(names)
     target = max(layer.pst_plans[name].target_sparsity for name in names)
@@ -383,7 +380,7 @@ def _count_layer(layer: PSTLayer, names: list[str]) -> LayerSparsity:
     return LayerSparsity(
         name=layer.module_name,
         shape=(layer.out_features, layer.in_features),
-        zeros=count_zeros(whole(weight) if is_merged else layer.get_masked_weight(names)),
+        zeros=count_zeros(layer.get_stored_weight() if is_merged else layer.get_masked_weight(names)),
         promised=max(layer.get_num_pruned(name) for name in names),
         target_sparsity=target,
         transposed=isinstance(base, Conv1D),
