@@ -27,8 +27,8 @@ class PSTCallback(TrainerCallback):
             checkpoints nearly always score higher, so without it the best model may be one that is hardly pruned.
 
     Raises:
-        ValueError: when training starts and the model has no active PST adapter, and before a checkpoint would be
-            written over with parameters that are NaN or infinite.
+        ValueError: when training starts and the model has no active PST adapter, and at the next step that logs or
+            saves, before it is saved, if a trained parameter is NaN or infinite.
 
     Example:
         >>> from transformers import TrainingArguments
@@ -66,7 +66,7 @@ class PSTCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         update_sparsity(kwargs["model"], state.global_step)
         self._forget_best_below_target(state, kwargs["model"])
-        if control.should_save:
+        if control.should_save or control.should_log:  # when the Trainer waits for the device anyway
             _check_finite(kwargs["model"], state.global_step)
 
     def on_log(

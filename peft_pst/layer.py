@@ -122,6 +122,7 @@ class LayerPlan:
             if shape[0] % num_parts:
                 raise ValueError(f"{shape[0]} rows are not made of {num_parts} equal parts; mend `parts`.")
             pattern.check_fits(part)
+            _check_sizes(plan, shape)
         except ValueError as error:
             raise ValueError(f"Layer {module_name}: {error}") from error
         return plan
@@ -868,6 +869,21 @@ class PSTLayer(BaseTunerLayer):
         self._dense_weight = None
         self.merged_adapters = []
         self._masked_weight = None
+
+
+_SMALL_RANK = 64  # allowed for any matrix, since the defaults are the same for all
+
+
+def _check_sizes(plan: LayerPlan, shape: Size) -> None:
+    """Refuse parts of an adapter that outgrow its matrix, before they take memory."""
+    rank, entries = max(min(shape), _SMALL_RANK), shape[0] * shape[1]
+    for name, value, most in (
+        ("r", plan.r, rank),
+        ("score_rank", plan.score_rank, rank),
+        ("residual", plan.residual, entries),
+    ):
+        if value > most:
+            raise ValueError(f"{name}={value} is above {most}, the most for a matrix of {shape[0]} x {shape[1]}.")
 
 
 @contextmanager

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from ranks import processes
 from safetensors import SafetensorError
 from tiny_models import TOKENS, inputs, layers_of, net, pruned_net, tiny_bert
 from torch import Tensor
@@ -102,3 +105,31 @@ def test_a_full_disk_does_not_cost_the_old_adapter(tmp_path: Path) -> None:
     with files_of_at_most(1500), pytest.raises((OSError, SafetensorError)):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == old
+
+
+def save_in_vain(folder: str) -> None:
+    model = pruned_net(r=6)
+    with TemporaryDirectory() as elsewhere:
+        for _ in range(2):
+            model.save_pretrained(elsewhere)  # imports what saving needs, also over what is there
+    if os.geteuid() == 0:
+        os.seteuid(65534)  # to root, nothing is read-only
+    assert Path(folder, "adapter_config.json").read_text(encoding="utf-8")
+    with pytest.raises((PermissionError, SafetensorError)):
+        model.save_pretrained(folder)
+
+
+def test_a_read_only_folder_does_not_cost_the_old_adapter() -> None:
+    with TemporaryDirectory() as name:  # not below pytest's, into which no other user may look
+        folder = Path(name)
+        pruned_net().save_pretrained(folder)
+        old = {file.name: file.read_bytes() for file in folder.iterdir()}
+        for file in folder.iterdir():
+            file.chmod(0o444)
+        folder.chmod(0o555)
+        process = processes.Process(target=save_in_vain, args=(name,))
+        process.start()
+        process.join()
+        folder.chmod(0o755)
+        assert process.exitcode == 0
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == old

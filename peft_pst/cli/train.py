@@ -63,8 +63,9 @@ def _run(options: TrainOptions) -> None:
     _evaluate(trainer, job)
     _predict(trainer, job, options.output_dir)
     trainer.create_model_card()
+    report = _write_report(trainer, options.output_dir)
     if trainer.is_world_process_zero():
-        print_text("\n" + _write_report(trainer, options.output_dir).to_table())
+        print_text("\n" + report.to_table())
         say("", *_farewell(options.output_dir))
     if options.training.push_to_hub:
         trainer.push_to_hub(commit_message="End of training")
@@ -218,11 +219,12 @@ def _write_predictions(path: Path, predictions: np.ndarray, labels: Labels) -> N
 def _write_report(trainer: PSTTrainer, adapter: Path) -> SparsityReport:
     """The same files that `peft-pst report` writes, from the model in memory."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    files = {name: (adapter / name).stat().st_size for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)}
-    report = replace(report_model(model), source=str(adapter), files=files)
     first = next(pst_layers(model))
-    mask = first.get_mask("default")
-    write_report(adapter / REPORT_FOLDER, report, mask, first.module_name, trainer.state.log_history)
+    report, mask = report_model(model), first.get_mask("default")  # on all processes, which hold a shard each
+    if trainer.is_world_process_zero():
+        files = {name: (adapter / name).stat().st_size for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)}
+        report = replace(report, source=str(adapter), files=files)
+        write_report(adapter / REPORT_FOLDER, report, mask, first.module_name, trainer.state.log_history)
     return report
 
 

@@ -40,9 +40,10 @@ class PSTTrainer(Trainer):
             # Many classifiers accept the number of items in a batch and do not use it. The Trainer takes them by their
             # word, and their loss and gradients would grow with accumulation steps and processes.
             self.model_accepts_loss_kwargs = False
-        # The Trainer calls its reporting integrations first, but they are to see the sparsity that ours logs.
+        # The Trainer calls its reporting integrations first, but they are to see the sparsity that ours logs. The first
+        # of all decides at which steps to log and to save, which ours has to know.
         callbacks = self.callback_handler.callbacks
-        callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
+        callbacks.insert(1, callbacks.pop(callbacks.index(callback)))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The optimizer that `--optim` names, over PST's parameter groups."""
