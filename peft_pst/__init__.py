@@ -14,6 +14,7 @@ from .keeping import merge_keeping_zeros
 from .layer import PSTLayer
 from .masking import num_pruned
 from .model import PSTModel, get_sparsity, update_sparsity
+from .model_card import update_model_card
 from .one_shot import prune_once
 from .optimizer import create_pst_optimizer, parameter_groups
 from .patterns import topk_mask
@@ -61,5 +62,6 @@ __all__ = [
     "shrink",
     "sparse_inference",
     "topk_mask",
+    "update_model_card",
     "update_sparsity",
 ]

@@ -8,10 +8,12 @@ import re
 import typing
 from dataclasses import dataclass, field
 from numbers import Real
+from pathlib import Path
 from typing import Any, Literal
 
 from peft.config import PeftConfig
 
+from .model_card import CARD_NAME, update_model_card
 from .patterns import Coupled, NofM, Pattern, parse_pattern
 from .schedule import COOLDOWN_RATIO, WARMUP_RATIO, check_sparsity
 
@@ -298,6 +300,15 @@ class PSTConfig(PeftConfig):
             "mask_interval": None,
         }
         return cls(**{**setting, **overrides})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration, and what it says into the model card that `PeftModel.save_pretrained` wrote beside.
+
+        PEFT asks no tuner for its part of the card; the configuration comes last, when the adapter's file is there.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        if (Path(save_directory) / CARD_NAME).is_file():
+            update_model_card(save_directory)
 
     def __post_init__(self) -> None:
         super().__post_init__()

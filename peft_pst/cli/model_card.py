@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from ..config import PSTConfig
 from ..model import get_sparsity, pst_layers
+from ..model_card import TAGS
 from .labels import Labels
 
 _CARD = """---
@@ -61,7 +62,7 @@ def write_model_card(
         base_model=config.base_model_name_or_path,
         library_name="peft",
         pipeline_tag=_PIPELINES[config.task_type],
-        tags=["pst", "sparsity", "pruning", f"base_model:adapter:{config.base_model_name_or_path}"],
+        tags=[*TAGS, f"base_model:adapter:{config.base_model_name_or_path}"],
     )
     text = _CARD.format(
         metadata=metadata.to_yaml(),
