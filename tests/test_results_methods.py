@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -98,6 +99,18 @@ def test_every_method_ends_in_a_plain_model_with_exact_zeros(name: str, architec
     assert zeros == (per_matrix if prepared.exact_matrices else num_pruned(counter.weights, sparsity))
     with torch.no_grad():
         torch.testing.assert_close(plain(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_budget_over_all_matrices_is_counted_over_all_of_them() -> None:
+    model = tiny_bert()
+    counter = ZeroCounter(model)
+    wanted = goal("pst", 0.7)
+    prepared = METHODS["pst"].prepare(start(model), replace(wanted, options={"scope": "global"}))
+    train(prepared, torch.tensor([0, 2]))
+    plain = prepared.finish()
+    assert counter.count(plain, 0.7, each=prepared.exact_matrices) == num_pruned(counter.weights, 0.7)
+    with pytest.raises(RuntimeError, match="were promised"):
+        counter.count(plain, 0.7, each=True)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -30,7 +30,7 @@ def _prepare(start: Start, goal: Goal, *, config: Callable[..., PSTConfig]) -> P
     model: Any = get_peft_model(start.model, adapter)
     groups = parameter_groups(model, lr=goal.lr, score_lr=goal.score_lr, head_lr=goal.head_lr)
     finish = partial(model.merge_and_unload, safe_merge=True)
-    return Prepared(model, groups, finish, callbacks=[PSTCallback()])
+    return Prepared(model, groups, finish, callbacks=[PSTCallback()], exact_matrices=adapter.scope == "matrix")
 
 
 @dataclass(frozen=True)
