@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .layer import LayerPlan
 from .model import active_adapters, get_sparsity, update_sparsity
+from .plan import LayerPlan
 from .reference import complete_reference
 from .sharding import whole
 

@@ -12,9 +12,10 @@ from .architecture import Projections, find_heads, find_neurons
 from .budget import Ranked, most_pruned, split_budget
 from .config import PSTConfig
 from .coupling import CoupledGroups, group_masks, group_scores
-from .layer import Change, Criterion, PSTLayer
+from .layer import PSTLayer
 from .masking import num_pruned, pack_mask, select_mask
 from .patterns import Coupled, parse_pattern
+from .plan import Change, Criterion
 
 
 def couple(model: nn.Module, adapter_name: str, layers: Mapping[str, PSTLayer]) -> None:

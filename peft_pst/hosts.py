@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .config import PSTConfig
-from .layer import ScheduleStatus
 from .linear import PSTStoredLinear
 from .module import PSTModule
 from .offloading import offload_hook
+from .plan import ScheduleStatus
 from .sharding import is_sharded
 from .swapped import in_place_of_own
 

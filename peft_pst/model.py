@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from .group_selection import couple
 from .hosts import PSTHost, PSTMultiheadAttention
 from .kinds import check_parameter, kind_of
-from .layer import LayerPlan, PSTLayer, ScheduleStatus
+from .layer import PSTLayer
 from .loading import check_stored_adapter
 from .nesting import Place, check_not_nested
+from .plan import LayerPlan, ScheduleStatus
 from .schedule import cubic_sparsity
 from .targets import find_block_linears
 from .ties import shared_weights

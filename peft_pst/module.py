@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .config import PSTConfig
 from .fingerprint import fingerprint
 from .graph import register_layer
-from .layer import PSTLayer, ScheduleStatus
+from .layer import PSTLayer
 from .masked_linear import effective_weight, straight_through_weight
+from .plan import ScheduleStatus
 from .sharding import is_gathered_for_forward
 
 

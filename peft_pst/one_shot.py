@@ -6,8 +6,8 @@ from typing import get_args
 
 from torch import nn
 
-from .layer import Criterion
 from .model import active_adapters, get_sparsity
+from .plan import Criterion
 from .schedule import check_sparsity
 from .units import units
 

@@ -8,8 +8,9 @@ from functools import partial
 from torch import Tensor
 
 from .budget import Ranked, most_pruned, split_budget
-from .layer import Criterion, PSTLayer
+from .layer import PSTLayer
 from .masking import num_pruned
+from .plan import Criterion
 
 Pair = tuple[PSTLayer, str]  # a layer, and the name of an adapter on it
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from .coupling import CoupledGroups
 from .group_selection import check_groups_reachable, entries, group_changes, select_groups
-from .layer import Change, Criterion, LayerPlan
 from .masking import num_pruned
+from .plan import Change, Criterion, LayerPlan
 from .scope import Pair, check_reachable, shared_counts
 
 
