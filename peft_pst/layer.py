@@ -739,9 +739,6 @@ class PSTLayer(BaseTunerLayer):
         self._masked_weight = None
 
 
-_SMALL_RANK = 64  # allowed for any matrix, since the defaults are the same for all
-
-
 @contextmanager
 def outside_any_graph(device: torch.device) -> Iterator[None]:
     """No gradient; full precision also within autocast; tensors fit for a later graph also within inference mode."""

@@ -144,6 +144,9 @@ class LayerPlan:
                 self.pattern.check_count(count, self.shape)
 
 
+_SMALL_RANK = 64  # allowed for any matrix, since the defaults are the same for all
+
+
 def _check_sizes(plan: LayerPlan, shape: Size) -> None:
     """Refuse parts of an adapter that outgrow its matrix, before they take memory."""
     rank, entries = max(min(shape), _SMALL_RANK), shape[0] * shape[1]
