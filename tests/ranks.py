@@ -30,7 +30,7 @@ def on_two_ranks(work: Callable[..., Any], *arguments: object) -> list[Any]:
         port = probe.getsockname()[1]
     with ProcessPoolExecutor(RANKS, mp_context=processes) as pool:
         ranks = [pool.submit(_run, rank, port, work, arguments) for rank in range(RANKS)]
-        return [pickle.loads(rank.result(timeout=300)) for rank in ranks]
+        return [pickle.loads(rank.result(timeout=600)) for rank in ranks]
 
 
 def _run(rank: int, port: int, work: Callable[..., Any], arguments: tuple[object, ...]) -> bytes:
@@ -51,7 +51,7 @@ def _run(rank: int, port: int, work: Callable[..., Any], arguments: tuple[object
 @contextmanager
 def group() -> Iterator[None]:
     """A rank that fails must not leave the other waiting for ever."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     try:
         yield
     finally:
