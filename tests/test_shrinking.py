@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_coupling import SHAPE, T5, TEXT, answer, made
 from tiny_models import tiny_bert, tiny_gpt2
 from torch import Tensor, nn
@@ -169,9 +171,27 @@ def test_layers_shrink_to_the_largest_number_in_use() -> None:
     assert "num_key_value_heads: 2 -> 1" in table
 
 
+IDLE = st.tuples(*[st.sets(st.integers(0, 23), max_size=23).map(lambda idle: tuple(sorted(idle)))] * 2)
+
+
+@settings(max_examples=12)
+@given(neurons=IDLE, heads=st.tuples(*[st.sampled_from([(), (0,), (1,), (2,), (0, 3), (0, 1, 2)])] * 2))
+def test_whatever_is_idle(neurons: tuple[tuple[int, ...], ...], heads: tuple[tuple[int, ...], ...]) -> None:
+    """Every head and neuron in use stays, as many as the largest layer needs are left, and answers are the same."""
+    model = silenced("vit", Case(neurons, heads, {}))
+    expected = {"intermediate_size": 24 - min(map(len, neurons)), "num_attention_heads": 4 - min(map(len, heads))}
+    if expected == {"intermediate_size": 24, "num_attention_heads": 4}:
+        with pytest.raises(ValueError, match=r"nothing to remove|Prune every layer"):
+            shrink(model)
+        return
+    small, _ = shrink(model)
+    assert_settings(small.config, expected)
+    assert_close(outputs(small), outputs(model))
+
+
 def test_the_heads_of_t5_that_read_one_position_bias_stay_the_same_in_all_layers() -> None:
-    """Heads 0 and 2 of one encoder layer and 2 and 3 of the other are idle: only head 2 can go."""
-    case = Case(((),), ((0, 2), (2, 3), (2,), (2,), (2,), (2,)), {})
+    """Heads 2 and 3 of one encoder layer and 0 and 2 of the other are idle: only head 2 can go."""
+    case = Case(((),), ((2, 3), (0, 2), (2,), (2,), (2,), (2,)), {})
     model = silenced("t5", case)
     small, report = shrink(model)
     assert_close(outputs(small), outputs(model))
