@@ -4,8 +4,8 @@
 
 Training, merging and shrinking are the commands of `peft-pst`. The two checkpoints, masked and shrunk, are then loaded
 by stock transformers in a new process, where importing `peft_pst` is an error. There every text of the validation file
-is classified by both, tokenisation included, batch by batch in turn, so that the ratio holds on a machine whose speed
-drifts. Run it on an otherwise idle machine; `--measure FOLDER` measures again what an earlier run has written.
+is classified by both, and the first of them are timed, tokenisation included, batch by batch in turn, so that the ratio
+holds on a machine whose speed drifts. Run it on an otherwise idle machine; `--measure FOLDER` measures again what an earlier run has written.
 """
 
 from __future__ import annotations
@@ -59,12 +59,13 @@ def prepare(options: argparse.Namespace) -> None:
             sys.exit(status)
 
 
-def measure(folder: Path, validation_file: str, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, validation_file: str, rounds: int, num_timed: int) -> dict[str, Any]:
     """Load both checkpoints with stock transformers; compare their answers and their times."""
     sys.modules["peft_pst"] = None  # type: ignore[assignment]  # from here on, importing it is an error
     models = {side: AutoModelForSequenceClassification.from_pretrained(folder / side).eval() for side in SIDES}
     tokenizer = AutoTokenizer.from_pretrained(folder / "shrunk")
     texts, labels = read(validation_file)
+    timed = texts[:num_timed]
     with torch.inference_mode():
         batches = list(batches_of(texts, 32))
         logits = {
@@ -75,6 +76,7 @@ def measure(folder: Path, validation_file: str, rounds: int) -> dict[str, Any]:
     names = [models["masked"].config.label2id.get(label) for label in labels]
     return {
         "texts": len(texts),
+        "timed_texts": len(timed),
         "tokens_of_a_text": round(statistics.mean(len(ids) for ids in tokenizer(texts)["input_ids"]), 1),
         "same_predictions": torch.equal(predicted["masked"], predicted["shrunk"]),
         "largest_difference_of_a_logit": float((logits["masked"] - logits["shrunk"]).abs().max()),
@@ -123,6 +125,7 @@ def time_in_turn(models: dict[str, Any], tokenizer: Any, batches: list[list[str]
 
 def print_table(results: dict[str, Any]) -> None:
     """Both sides, and the ratio, for every size of a batch."""
+    print(f"{results['timed_texts']} texts of {results['tokens_of_a_text']} tokens, {results['threads']} thread(s)")
     print(f"{'batch':>5}  {'masked':>9}  {'shrunk':>9}  faster")
     for size, seconds in results["seconds_a_pass"].items():
         print(f"{size:>5}  {seconds['masked']:7.2f} s  {seconds['shrunk']:7.2f} s  {results['ratio'][size]:.2f} times")
@@ -143,6 +146,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--measure", type=Path, metavar="FOLDER", help="compare what is in FOLDER already")
     parser.add_argument("--max_steps", type=int, default=300, help="optimizer steps of 16 texts (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="times that each batch is timed (%(default)s)")
+    parser.add_argument("--timed_texts", type=int, default=400, help="texts that are timed, the first (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.measure is None and not (options.train_file and options.output):
@@ -155,9 +159,10 @@ def main() -> None:
     if options.measure is None:
         prepare(options)
         again = ["--validation_file", options.validation_file, "--rounds", str(options.rounds)]
+        again += ["--timed_texts", str(options.timed_texts)]
         subprocess.run([sys.executable, __file__, "--measure", str(options.output), *again], check=True)
         return
-    results = measure(options.measure, options.validation_file, options.rounds)
+    results = measure(options.measure, options.validation_file, options.rounds, options.timed_texts)
     file = options.measure / "shrink_speed.json"
     shrunk = json.loads((options.measure / "shrunk" / "shrink_report.json").read_text(encoding="utf-8"))
     sizes = {
