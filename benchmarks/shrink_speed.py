@@ -5,7 +5,8 @@
 Training, merging and shrinking are the commands of `peft-pst`. The two checkpoints, masked and shrunk, are then loaded
 by stock transformers in a new process, where importing `peft_pst` is an error. There every text of the validation file
 is classified by both, and the first of them are timed, tokenisation included, batch by batch in turn, so that the ratio
-holds on a machine whose speed drifts. Run it on an otherwise idle machine; `--measure FOLDER` measures again what an earlier run has written.
+holds on a machine whose speed drifts. Run it on an otherwise idle machine; `--measure FOLDER` measures again what an
+earlier run has written.
 """
 
 from __future__ import annotations
