@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import StoredTensor, checkpoint_files, stored_tensors
+from .hosts import PSTHost
 from .layer import PSTLayer
 from .masking import unpack_mask
 from .offloading import at_hand
@@ -215,6 +216,7 @@ def _pruned_matrices(reference: Source) -> dict[str, _Matrix]:
 
 
 def _chosen(matrices: dict[str, _Matrix], pruned: set[str]) -> dict[str, _Matrix]:
+    pruned = pruned | {name.rpartition(".")[0] for name in pruned}  # the matrices of a stack are named by their numbers
     names = pruned & matrices.keys() or {name for name in matrices if re.search(r"(^|\.)\d+(\.|$)", name)}
     return {name: matrix for name, matrix in matrices.items() if name in names or not names}
 
@@ -261,10 +263,17 @@ def _of_mask(read: Callable[[], Tensor]) -> _Matrix:
     return _Matrix((), zeros)
 
 
-def _of_module(module: nn.Module, name: str) -> Iterator[tuple[str, _Matrix]]:
-    """The matrices of a module and what is in it, by their names in the plain model."""
+def _of_module(module: nn.Module, name: str, without: Collection[str] = ()) -> Iterator[tuple[str, _Matrix]]:
+    """The matrices of a module and what is in it, but for some of its own, by their names in the plain model."""
+    prefix = f"{name}." if name else ""
     if isinstance(module, PSTLayer):
-        yield name, _Matrix(tuple(module._stored.shape), lambda shape: _is_zero(_weight_in_force(module)))
+        yield name, _Matrix(tuple(module._stored.shape), partial(_zeros_of_layers, [module]))
+        return
+    if isinstance(module, PSTHost):
+        for part, matrices in module.matrices.items():
+            stored = getattr(module.base_layer, part)
+            yield prefix + part, _Matrix(tuple(stored.shape), partial(_zeros_of_layers, [*matrices]))  # type: ignore[misc]
+        yield from _of_module(module.base_layer, name, without=module.matrices.keys())
         return
     if isinstance(module, BaseTunerLayer):
         if not module.merged and not module.disable_adapters:
@@ -277,9 +286,8 @@ def _of_module(module: nn.Module, name: str) -> Iterator[tuple[str, _Matrix]]:
     if isinstance(module, AuxiliaryTrainingWrapper):
         yield from _of_module(_module_in_force(module), name)
         return
-    prefix = f"{name}." if name else ""
     for part, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() > 1:
+        if parameter.dim() > 1 and part not in without:
             key = _layer_name(prefix + part)
             yield key, _Matrix(tuple(parameter.shape), partial(_zeros_at_hand, module, part))
     for child_name, child in module.named_children():
@@ -293,13 +301,15 @@ def _zeros_at_hand(module: nn.Module, name: str, shape: tuple[int, ...]) -> Tens
     return _is_zero(whole(weight))
 
 
+def _zeros_of_layers(layers: Sequence[PSTLayer], shape: tuple[int, ...]) -> Tensor:
+    """Of a layer, or of all matrices of a stack, as it would be stored once merged."""
+    return torch.stack([_is_zero(_weight_in_force(layer)) for layer in layers]).reshape(shape)
+
+
 def _weight_in_force(layer: PSTLayer) -> Tensor:
     """As the layer would store it once merged; of a merged one as it stands, whatever was done to it since."""
-    if layer.merged or layer.disable_adapters:
-        weight = at_hand(layer.get_base_layer(), "weight")
-        assert weight is not None  # what was merged has data
-        return whole(weight)
-    return layer._as_stored(layer.get_masked_weight())
+    as_it_stands = layer.merged or layer.disable_adapters
+    return layer._as_stored(layer.get_stored_weight() if as_it_stands else layer.get_masked_weight())
 
 
 def _module_in_force(wrapper: Any) -> nn.Module:

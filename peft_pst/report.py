@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -319,11 +319,11 @@ def report_checkpoint(path: str | Path, *, progressbar: bool = False) -> Sparsit
     files = checkpoint_files(path)
     promise_file = files[0].parent / REPORT_NAME
     promise = SparsityReport.load(promise_file) if promise_file.is_file() else None
-    matrices = []
+    matrices: list[LayerSparsity] = []
     tensors = [*stored_tensors(files)]
     for stored in _progress(tensors, progressbar, "counting", "tensor"):
-        if stored.is_floating and len(stored.shape) == 2:
-            matrices.append(LayerSparsity(_layer_name(stored.key), stored.shape, count_zeros(stored.read())))
+        if stored.is_floating and len(stored.shape) > 1:
+            matrices += _count_stored(stored, promise)
     layers, others = _split(matrices) if promise is None else _compare(matrices, promise, promise_file)
     return SparsityReport(
         source=str(path),
@@ -336,16 +336,29 @@ def report_checkpoint(path: str | Path, *, progressbar: bool = False) -> Sparsit
     )
 
 
+def _count_stored(stored: StoredTensor, promise: SparsityReport | None) -> Iterator[LayerSparsity]:
+    """The rows of one tensor: itself as a matrix, or each matrix of a stack of which each was promised zeros."""
+    name, weight = _layer_name(stored.key), stored.read()
+    if promise is not None and any(layer.name == f"{name}.0" for layer in promise.layers):
+        for index, matrix in enumerate(weight):
+            yield LayerSparsity(f"{name}.{index}", (matrix.shape[0], matrix.shape[1]), count_zeros(matrix))
+    else:
+        yield LayerSparsity(name, (weight.shape[0], math.prod(weight.shape[1:])), count_zeros(weight))
+
+
 def _sizes(tensors: Sequence[StoredTensor], layers: Sequence[LayerSparsity], compact: bool) -> StoredSizes:
     found = {_layer_name(stored.key): stored for stored in tensors}
-    pairs = [(found[layer.name], layer) for layer in layers]
+    pairs = [(found.get(layer.name) or found[layer.name.rpartition(".")[0]], layer) for layer in layers]
+    whole = {stored.key: stored for stored, _ in pairs}.values()
     bits = {stored.bits for stored, _ in pairs}
     return StoredSizes(
         dense=sum(stored.dense_bytes for stored in tensors),
         stored=sum(stored.stored_bytes for stored in tensors),
-        layers_dense=sum(stored.dense_bytes for stored, _ in pairs),
-        layers_stored=sum(stored.stored_bytes for stored, _ in pairs),
-        layers_theory=sum(stored.dense_bytes * compact_ratio(stored.bits, layer.sparsity) for stored, layer in pairs),
+        layers_dense=sum(stored.dense_bytes for stored in whole),
+        layers_stored=sum(stored.stored_bytes for stored in whole),
+        layers_theory=sum(
+            layer.weights * stored.bits / 8 * compact_ratio(stored.bits, layer.sparsity) for stored, layer in pairs
+        ),
         layers_bits=bits.pop() if len(bits) == 1 else None,
         is_compact=compact,
     )
@@ -357,9 +370,14 @@ def checkpoint_weight(path: str | Path, layer: LayerSparsity) -> Tensor:
     Raises:
         KeyError: if the checkpoint has no such layer.
     """
+    stack, _, index = layer.name.rpartition(".")
     for stored in floating_tensors(checkpoint_files(path)):
         if _layer_name(stored.key) == layer.name:
-            return stored.read().T if layer.transposed else stored.read()
+            weight = stored.read().flatten(1)
+            return weight.T if layer.transposed else weight
+        if stored.key == stack and index.isdigit() and len(stored.shape) == 3:
+            weight = stored.read()[int(index)]
+            return weight.T if layer.transposed else weight
     raise KeyError(f"{str(path)!r} holds no layer {layer.name!r}.")
 
 
@@ -383,7 +401,7 @@ def _count_layer(layer: PSTLayer, names: list[str]) -> LayerSparsity:
         zeros=count_zeros(layer.get_stored_weight() if is_merged else layer.get_masked_weight(names)),
         promised=max(layer.get_num_pruned(name) for name in names),
         target_sparsity=target,
-        transposed=isinstance(base, Conv1D),
+        transposed=isinstance(base, Conv1D) or getattr(layer, "_is_transposed", False),
         target_zeros=None if at_target == num_pruned(layer.num_weights, target) else at_target,
         shares_target=any(layer.pst_plans[name].shares_target for name in names),
     )

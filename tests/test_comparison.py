@@ -17,7 +17,7 @@ from transformers import BertModel
 from peft_pst import PSTConfig, compact_checkpoint, compare_sparsity, merge_keeping_zeros, report_model
 from peft_pst.cli import main
 from peft_pst.masking import pack_mask
-from peft_pst.report import REPORT_NAME
+from peft_pst.report import REPORT_NAME, checkpoint_weight, report_checkpoint
 
 
 def in_blocks(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -182,6 +182,60 @@ def test_expert_weights_in_three_dimensions_and_convolutions(tmp_path):
     assert compare_sparsity(tmp_path / "b.safetensors", tmp_path / "a.safetensors").lost == sum(
         int((~mask).sum()) for mask in masks.values()
     )
+
+
+class Stack(nn.Module):
+    """Experts as one tensor, as transformers keep them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.up[0].T
+
+
+class Kinds(nn.Module):
+    """A layer of each kind that is no plain linear map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        kinds = [nn.Conv2d(3, 8, 3), nn.Embedding(10, 6), nn.MultiheadAttention(8, 2), Stack()]
+        self.layers = nn.ModuleList(kinds)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1 and "out_proj" not in name:
+                parameter.data.view(-1)[::2] = 0
+
+
+def test_layers_of_every_kind_are_compared_and_reported_as_they_are_stored(tmp_path):
+    base = Kinds()
+    reference = {name: parameter.detach() != 0 for name, parameter in base.named_parameters() if parameter.dim() > 1}
+    targets = {"target_modules": ["layers.0", "layers.1", "layers.2"], "target_parameters": ["layers.3.up"]}
+    config = PSTConfig(**targets, keep_zeros=True, target_sparsity=0.75, r=2, init_weights=False)
+    model = get_peft_model(base, config)
+    model.update_sparsity(10, total_steps=10)
+    live = compare_sparsity(model, reference)
+    assert [(row.name, row.shape, row.lost) for row in live.layers] == [
+        ("layers.0", (8, 3, 3, 3), 0),
+        ("layers.1", (10, 6), 0),
+        ("layers.2.in_proj_weight", (24, 8), 0),
+        ("layers.3.up", (3, 6, 8), 0),
+    ]
+    promise = report_model(model)
+    merged = model.merge_and_unload()
+    assert compare_sparsity(merged, reference).layers == live.layers
+    (tmp_path / "pruned").mkdir()
+    save_file(merged.state_dict(), tmp_path / "pruned" / "model.safetensors")
+    promise.save(tmp_path / "pruned" / REPORT_NAME)
+    report = report_checkpoint(tmp_path / "pruned")
+    assert report.layers == promise.layers
+    assert report.sizes.layers_dense == sum(row.weights for row in report.layers) * 4
+    for row in report.layers:
+        assert int((checkpoint_weight(tmp_path / "pruned", row) == 0).sum()) == row.zeros
+    lost = compare_sparsity(Kinds(), tmp_path / "pruned")
+    assert {row.name for row in lost.layers} == {*(row.name for row in live.layers), "layers.2.out_proj"}
+    assert lost.lost == report.zeros - sum(int((~mask).sum()) for mask in reference.values())
 
 
 def mask(shape: tuple[int, int] = (16, 16)) -> Tensor:
