@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
-.PHONY: demo test test-slow test-gpu test-oldest test-integrations test-kernels compatibility benchmark scale results check clean
+.PHONY: demo test test-slow test-gpu test-oldest test-integrations test-kernels compatibility benchmark benchmark-inference scale results check clean
 
 demo: $(VENV)/demo.stamp  ## fine-tune, prune, merge and reload a real model on real data (about four minutes)
 	$(BIN)/peft-pst demo
@@ -22,8 +22,8 @@ test-gpu: $(VENV)/test.stamp  ## what needs a CUDA device
 test-oldest:  ## the quick suite with the oldest PEFT and transformers that are supported, in an environment of its own
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
-test-integrations: $(VENV)/integrations.stamp  ## real runs in TRL, sentence-transformers and diffusers
-	$(BIN)/python -m pytest tests/test_integrations.py
+test-integrations: $(VENV)/integrations.stamp  ## real runs in TRL, sentence-transformers and diffusers; ONNX, OpenVINO, MKL
+	$(BIN)/python -m pytest -m "not gpu" tests/test_integrations.py tests/test_exporters.py tests/test_sparse_kernels.py
 
 compatibility: $(VENV)/test.stamp  ## write docs/compatibility.md anew
 	$(BIN)/python tests/compatibility_page.py
@@ -43,6 +43,14 @@ benchmark: $(VENV)/test.stamp  ## what a training step costs, on an otherwise id
 
 scale: $(VENV)/test.stamp  ## the formula of docs/scale.md against this machine, and what it predicts (two minutes)
 	$(BIN)/python benchmarks/scale.py --output benchmarks/results/scale
+
+INFERENCE := $(BIN)/python benchmarks/inference.py --output benchmarks/results/inference
+
+benchmark-inference: $(VENV)/integrations.stamp  ## what zeros buy at inference, on an otherwise idle machine (five minutes)
+	$(INFERENCE) layers
+	$(INFERENCE) layers --threads 2
+	$(INFERENCE) models
+	$(INFERENCE) runtimes
 
 SETTINGS ?= benchmarks/results/settings/minilm-sst2.yaml
 RESULTS := $(BIN)/python -m benchmarks.results

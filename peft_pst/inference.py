@@ -166,21 +166,34 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # `torch.compile` goes on without this layer
+            raise RuntimeError(
+                "A layer replaced by sparse_inference() cannot be exported; call dense_again(model) first."
+            )
+        if torch.is_grad_enabled():
+            self._check_no_gradients(x)
+        if x.dtype != self.dtype or torch.is_autocast_enabled(x.device.type):
+            return self._forward_autocast(x)
+        if x.ndim == 2 and len(x):
+            return self.kernel(x, self.bias)
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        return self.kernel(x.reshape(-1, self.in_features), self.bias).view(*x.shape[:-1], self.out_features)
+
+    def _check_no_gradients(self, x: Tensor) -> None:
         tensors = (x, self.bias, self._layer.weight)
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        if any(tensor is not None and tensor.requires_grad for tensor in tensors):
             raise RuntimeError(
                 "This layer was replaced by sparse_inference() and computes no gradients; call the model under "
                 "torch.no_grad(), or dense_again(model) to train it."
             )
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x.to(self.dtype))
-        if x.dtype != self.dtype:
+
+    def _forward_autocast(self, x: Tensor) -> Tensor:
+        """In the layer's own precision, since no kernel is known to autocast."""
+        if not torch.is_autocast_enabled(x.device.type):
             raise RuntimeError(f"The input is {x.dtype}, but this layer computes in {self.dtype}; cast one of them.")
-        if not x.numel():
-            return x.new_empty(*x.shape[:-1], self.out_features)
-        with torch.no_grad():
-            return self.kernel(x.reshape(-1, self.in_features), self.bias).view(*x.shape[:-1], self.out_features)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.forward(x.to(self.dtype))
 
     @property
     def weight(self) -> Tensor:

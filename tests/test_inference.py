@@ -267,6 +267,22 @@ def test_what_a_replaced_model_refuses():
     model.to("cpu").eval()  # nothing changes, so nothing is refused
 
 
+def test_export_is_refused_and_compiling_goes_on_without():
+    model = pruned("bert")
+    expected = logits(model)
+    sparse_inference(model, kernel="csr")
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match=r"cannot be exported; call dense_again\(model\) first"):
+            torch.export.export(model, (), {"input_ids": TOKENS}, strict=False)
+        with pytest.raises(RuntimeError, match=r"cannot be exported; call dense_again\(model\) first"):
+            torch.jit.trace(model, example_kwarg_inputs={"input_ids": TOKENS}, strict=False)
+        layer, x = model.bert.encoder.layer[0].attention.self.query, torch.randn(2, 16)
+        compiled = torch.compile(nn.Sequential(layer), backend="eager")
+        dense = nn.functional.linear(x, layer.dense_weight(), layer.bias)
+        torch.testing.assert_close(compiled(x), dense, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_autocast_as_before():
     model = pruned("bert")
     with torch.autocast("cpu", torch.bfloat16):

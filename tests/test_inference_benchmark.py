@@ -12,6 +12,7 @@ import pytest
 from peft_pst.sparse_kernels import KERNELS
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "inference.py"
+PAGE = (SCRIPT.parent.parent / "docs" / "inference.md").read_text()
 TINY = ["--width", "48", "--layers", "1", "--tokens", "5", "--repeats", "1"]
 
 
@@ -64,11 +65,20 @@ def test_models(benchmark, tmp_path, capsys):
         assert {round(layer["sparsity"], 1) for layer in row["choice"]["layers"]} == {0.9}
 
 
-def test_what_is_committed_can_be_read(benchmark):
-    folder = SCRIPT.parent / "results" / "inference"
-    files = sorted(folder.glob("layers-*.json"))
-    assert files
-    for file in files:
-        rows = json.loads(file.read_text())["rows"]
-        assert {name for row in rows for name in row["seconds"]} <= KERNELS.keys()
-        assert benchmark.layers_table(rows)
+def test_the_figures_of_the_page_are_those_of_the_files(benchmark):
+    results = SCRIPT.parent / "results" / "inference"
+    stored = {file.stem: json.loads(file.read_text())["rows"] for file in results.glob("*.json")}
+    known = [*benchmark.runtimes_table(stored["runtimes-1threads"]).splitlines()]
+    for name in ("layers-1threads", "layers-2threads"):
+        assert {kernel for row in stored[name] for kernel in row["seconds"]} <= KERNELS.keys()
+        known += benchmark.layers_table(stored[name]).splitlines()
+    shown = [line for line in PAGE.splitlines() if line.startswith(("| 768 |", "| ONNX", "| OpenVINO", "| torch"))]
+    assert len(shown) > 30
+    assert set(shown) <= set(known)
+    models = {(row["model"], row["phase"]): row["rows"] for row in stored["models-1threads"]}
+    for text, key in (("BERT", ("BertForSequenceClassification", "forward")), ("GPT-2", ("GPT2LMHeadModel", "token"))):
+        lines = [line for line in PAGE.splitlines() if line.startswith(f"| {text}") and " token" in line]
+        assert len(lines) == len(models[key])
+        for line, row in zip(lines, models[key], strict=True):
+            assert f"| {row['variant']}" in line
+            assert line.endswith(f"| {1e3 * row['seconds']:.1f} | {row['over_best_dense']:.2f} |")
