@@ -12,6 +12,11 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
 PACKAGES = ("torch", "peft", "transformers", "accelerate", "sentence-transformers", "trl", "diffusers")
 
+NOTE = """
+With transformers 5.14 and older, whose Trainer has a `warmup_ratio` of its own, the command line calls PST's
+`--pst_warmup_ratio`. The torch of both columns is the one that the tests run with.
+"""
+
 INTRODUCTION = """# Compatibility
 
 What PEFT and its neighbours offer, and what it means for an adapter that changes the base weight by a mask. Written by
@@ -41,7 +46,7 @@ def line(operation: Operation) -> str:
 
 def page() -> str:
     """The whole page."""
-    parts = [INTRODUCTION, *versions()]
+    parts = [INTRODUCTION, *versions(), NOTE.rstrip()]
     for section, operations in groupby(OPERATIONS, key=lambda operation: operation.section):
         parts += ["", f"## {section}", "", "| operation | with PST |", "|---|---|", *map(line, operations)]
     return "\n".join(parts) + "\n"

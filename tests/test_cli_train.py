@@ -15,7 +15,7 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from safetensors.torch import load_file
 from sklearn.metrics import matthews_corrcoef
 from tiny_checkpoints import WORDS, save_masked_bert
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 import peft_pst.cli
@@ -32,6 +32,12 @@ from peft_pst.masking import num_pruned
 
 GOOD, BAD = ("good", "great", "fine"), ("bad", "dull", "poor")
 ROWS = [(f"the {noun} was {word}", word in GOOD) for noun in ("film", "plot", "cast") for word in (*GOOD, *BAD)]
+
+# With these, PST's warm-up is --pst_warmup_ratio on the command line.
+without_a_warmup_ratio_of_the_trainers = pytest.mark.skipif(
+    "warmup_ratio" in {field.name for field in dataclasses.fields(TrainingArguments)},
+    reason="transformers 5.14 and older have a warmup_ratio of their own",
+)
 
 
 @pytest.fixture(scope="session")
@@ -353,6 +359,7 @@ def test_reporting_integrations_see_the_sparsity(
 # Options
 
 
+@without_a_warmup_ratio_of_the_trainers
 def test_pst_options_come_from_the_config() -> None:
     required = ["--model_name_or_path", "m", "--output_dir", "o"]
     assert parse(required).pst == PSTConfig()
@@ -441,6 +448,7 @@ def test_preset_is_the_papers_and_can_be_changed() -> None:
     assert parse([*required, "--target_sparsity", "0.5"]).pst == PSTConfig.paper(target_sparsity=0.5)
 
 
+@without_a_warmup_ratio_of_the_trainers
 def test_field_of_a_taken_name_gets_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = dataclasses.make_dataclass("Taken", [("beta", float)])
     monkeypatch.setattr("peft_pst.cli.pst_options.TrainingArguments", taken)
