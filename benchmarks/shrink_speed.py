@@ -68,11 +68,8 @@ def measure(folder: Path, validation_file: str, rounds: int, num_timed: int) -> 
     texts, labels = read(validation_file)
     timed = texts[:num_timed]
     with torch.inference_mode():
-        batches = list(batches_of(texts, 32))
-        logits = {
-            side: torch.cat([classify(model, tokenizer, batch) for batch in batches]) for side, model in models.items()
-        }
-        timings = {size: time_in_turn(models, tokenizer, list(batches_of(texts, size)), rounds) for size in BATCH_SIZES}
+        logits = {side: classify_all(model, tokenizer, texts) for side, model in models.items()}
+        timings = {size: time_in_turn(models, tokenizer, batches_of(timed, size), rounds) for size in BATCH_SIZES}
     predicted = {side: scores.argmax(1) for side, scores in logits.items()}
     names = [models["masked"].config.label2id.get(label) for label in labels]
     return {
@@ -146,8 +143,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder to train, merge and shrink into")
     parser.add_argument("--measure", type=Path, metavar="FOLDER", help="compare what is in FOLDER already")
     parser.add_argument("--max_steps", type=int, default=300, help="optimizer steps of 16 texts (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each batch is timed (%(default)s)")
-    parser.add_argument("--timed_texts", type=int, default=400, help="texts that are timed, the first (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="times that each batch is timed (%(default)s)")
+    parser.add_argument("--timed_texts", type=int, default=128, help="texts that are timed, the first (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.measure is None and not (options.train_file and options.output):
