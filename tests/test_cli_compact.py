@@ -42,6 +42,16 @@ def test_there_and_back(pruned, tmp_path, capsys):
         assert AutoTokenizer.from_pretrained(folder)("the film was good")["input_ids"]
 
 
+def test_a_compact_folder_is_reported_with_what_it_saves(pruned, tmp_path, capsys):
+    assert main(["compact", str(pruned), str(tmp_path / "small")]) == 0
+    arguments = ["report", str(tmp_path / "small"), "--against", str(pruned), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "in theory 1/32 + (1 - 0." in printed
+    assert "are still zero" in printed
+    assert (tmp_path / "out" / "kept_weights.png").is_file()
+
+
 def test_negative_zeros_can_be_given_up(pruned, tmp_path):
     file = pruned / "model.safetensors"
     save_file({key: -tensor for key, tensor in load_file(file).items()}, file, {"format": "pt"})

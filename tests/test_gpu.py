@@ -14,8 +14,9 @@ from torch import nn
 from peft_pst import PSTConfig, update_sparsity
 from peft_pst.kernels import available
 from peft_pst.masked_linear import Pruner, effective_weight, masked_linear
-from peft_pst.masking import _select_on_device, pack_mask, select_mask, select_packed_mask
-from peft_pst.scoring import Factors, base_scores
+from peft_pst.masking import _select_on_device, pack_mask, select_mask, select_packed_mask, unpack_mask
+from peft_pst.scoring import Factors, base_scores, rank_zeros_lowest
+from peft_pst.selection import select_adapter_mask
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -30,6 +31,34 @@ def test_selection_for_devices_equals_the_one_for_the_cpu(values, share, dtype):
     scores = torch.tensor(values, dtype=dtype)
     count = max(1, int(share * len(values)))
     assert torch.equal(_select_on_device(scores, count), select_mask(scores, count))
+
+
+@given(zeros=st.floats(0, 1), share=st.floats(0, 1))
+def test_selection_for_devices_prunes_kept_zeros_first(zeros, share):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-3, 4, (9, 11), generator=generator) * (torch.rand(9, 11, generator=generator) >= zeros)
+    ranked = rank_zeros_lowest(torch.randn(9, 11, generator=generator), weight)
+    zero_count = int((weight == 0).sum())
+    count = max(1, zero_count + int(share * (99 - zero_count)))
+    mask = _select_on_device(ranked.flatten(), count).view(9, 11)
+    assert torch.equal(mask, select_mask(ranked, count))
+    assert not mask[weight == 0].any() or count < zero_count
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_the_gpu_keeps_the_zeros_of_the_base(dtype, share):
+    weight = torch.randn(3072, 768).to(dtype)
+    weight.view(-1)[::2] = 0
+    factors = Factors(R=torch.randn(3072), C=torch.randn(768))
+    on_gpu = Factors(R=factors.R.cuda(), C=factors.C.cuda())
+    count = int(weight.numel() * share)
+    packed = select_adapter_mask(weight.cuda(), on_gpu, (count,), keep_zeros=True).cpu()
+    keep = unpack_mask(packed, weight.shape)
+    assert int((~keep).sum()) == count
+    assert not keep[weight == 0].any()
 
 
 def test_selection_for_devices_keeps_the_count_when_scores_are_nan():
