@@ -1,4 +1,4 @@
-"""The committed results: files under their keys, the table made of nothing else, and what is quoted from it elsewhere."""
+"""The committed results: files under their keys, the table made of nothing else, and what is quoted of it."""
 
 from __future__ import annotations
 
