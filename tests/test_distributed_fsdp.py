@@ -82,6 +82,10 @@ CASES = {
     "kept zeros": Case(base=HalfZeroNet, keep_zeros=True),
     "kept zeros, held": Case(base=HalfZeroNet, keep_zeros=True, mask_interval=None, target_sparsity=0.5),
     "bf16 base": Case(dtype=torch.bfloat16),
+    "n of m": Case(pattern="2:4", target_sparsity=0.5),
+    "columns": Case(pattern="columns"),
+    "one budget": Case(scope="global"),
+    "neurons": Case(pattern="neurons", projections={"neurons": [{"inputs": ["up"], "output": "down"}]}),
 }
 
 
@@ -177,7 +181,7 @@ def run_all(names: list[str]) -> dict[str, dict[str, Any]]:
     return {name: run(CASES[name], sharded=True) for name in names}
 
 
-QUICK = ("blocks", "held masks", "bf16 base")
+QUICK = ("blocks", "held masks", "bf16 base", "neurons")
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 
@@ -223,7 +227,7 @@ def test_nothing_is_stale_and_nothing_of_a_matrix_is_kept(ran: list[dict[str, di
         assert not torch.equal(results["after a write"], results["unmerged"])
         assert not torch.equal(results["after loading"], results["after a write"])
         assert not any(results["kept for evaluation"])
-        held = CASES[name].options.get("mask_interval", 1) != 1
+        held = results["config"].holds_mask
         assert results["selections of two micro-batches"] == (0 if held else 4)
 
 
