@@ -22,8 +22,10 @@ test-gpu: $(VENV)/test.stamp  ## what needs a CUDA device
 test-oldest:  ## the quick suite with the oldest PEFT and transformers that are supported, in an environment of its own
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
-test-integrations: $(VENV)/integrations.stamp  ## real runs in TRL, sentence-transformers and diffusers; ONNX, OpenVINO, MKL
-	$(BIN)/python -m pytest -m "not gpu" tests/test_integrations.py tests/test_exporters.py tests/test_sparse_kernels.py
+INTEGRATIONS := tests/test_integrations.py tests/test_quantised.py tests/test_exporters.py tests/test_sparse_kernels.py
+
+test-integrations: $(VENV)/integrations.stamp  ## real runs in TRL, diffusers and others; quantised bases; ONNX, OpenVINO, MKL
+	$(BIN)/python -m pytest -m "not gpu" $(INTEGRATIONS)
 
 compatibility: $(VENV)/test.stamp  ## write docs/compatibility.md anew
 	$(BIN)/python tests/compatibility_page.py

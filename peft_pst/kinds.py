@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
@@ -12,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from .hosts import PSTMultiheadAttention
 from .linear import PSTLinear, PSTStoredLinear, is_linear
 from .module import PSTModule
+from .quantised import PSTQuantisedLinear
 from .swapped import PSTConv, PSTEmbedding
 
 _COMPUTED = (
@@ -22,13 +24,16 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ADAPTED = (nn.Linear, Conv1D, nn.Embedding, nn.MultiheadAttention, *_CONVOLUTIONS)
 
 
-def kind_of(target: nn.Module, parent: nn.Module, name: str) -> type[PSTModule] | type[PSTMultiheadAttention]:
+def kind_of(
+    target: nn.Module, parent: nn.Module, name: str, backend: QuantizationBackend | None = None
+) -> type[PSTModule] | type[PSTMultiheadAttention]:
     """The class that adapts a module.
 
     Args:
         target: the module to adapt.
         parent: the module that holds it, which may read the target's weight without calling it.
         name: the target's name in the model, for the error.
+        backend: how its weight is quantised, if it is.
 
     Raises:
         ValueError: saying why, if PST cannot adapt the module.
@@ -42,6 +47,13 @@ def kind_of(target: nn.Module, parent: nn.Module, name: str) -> type[PSTModule] 
         ValueError: Target module norm (LayerNorm) is not supported: PST adapts torch.nn.Linear, transformers' Conv1D, \
 torch.nn.Conv1d, Conv2d, Conv3d, Embedding and MultiheadAttention; take it out of target_modules.
     """
+    if backend is not None:
+        if not backend.supports_merge:
+            raise ValueError(
+                f"Target module {name} ({type(target).__name__}) is not supported: its weight, quantised by "
+                f"{backend.backend_name}, cannot be dequantised, and PST needs the dense one; load the model without."
+            )
+        return PSTQuantisedLinear
     reason = _refusal(target)
     if reason:
         raise ValueError(f"Target module {name} ({type(target).__name__}) is not supported: {reason}.")

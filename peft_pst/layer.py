@@ -83,7 +83,7 @@ class PSTLayer(BaseTunerLayer):
         self.pst_plans: dict[str, LayerPlan] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.out_features, self.in_features = self._as_matrix(self._share(self._stored)).shape
+        self.out_features, self.in_features = self._matrix_shape()
         # Plain attributes, not buffers: none of these belongs in a state dict.
         self._dense_weight: Tensor | None = None  # the base weight while an adapter is merged
         self._loaded_weight: Tensor | None = None  # an offloaded base weight while it is worked with
@@ -127,6 +127,10 @@ class PSTLayer(BaseTunerLayer):
     def _as_stored(self, matrix: Tensor) -> Tensor:
         """A matrix, (out, in), in the shape and memory layout in which the base layer stores it."""
         return matrix
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        out, in_ = self._as_matrix(self._share(self._stored)).shape
+        return out, in_
 
     def _hold_base(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
@@ -663,12 +667,7 @@ class PSTLayer(BaseTunerLayer):
         self._check_writable()
         self._warn_if_never_pruned(names, "Merging")
         merged_names = self.merged_adapters + names
-        if safe_merge:
-            self._check_finite(names)
-        merged = self.get_masked_weight(merged_names)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(_broken_message(names[-1]))
-        self._check_zeros(merged, merged_names)
+        merged = self._weight_to_merge(merged_names, safe_merge)
         values, was_offloaded = self._as_stored(merged), offload_hook(self._base) is not None
         if self._dense_weight is None:
             self._offload_folder = offload_folder(self._base)
@@ -679,6 +678,16 @@ class PSTLayer(BaseTunerLayer):
         self._write(values)
         self.merged_adapters = merged_names
         self._masked_weight = None
+
+    def _weight_to_merge(self, adapter_names: list[str], safe_merge: bool) -> Tensor:
+        """The masked weight, (out, in), once it has been looked at."""
+        if safe_merge:
+            self._check_finite(adapter_names)
+        merged = self.get_masked_weight(adapter_names)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(_broken_message(adapter_names[-1]))
+        self._check_zeros(merged, adapter_names)
+        return merged
 
     def check_outermost(self) -> None:
         """Refuse to go on under the layer of another tuner.

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from .layer import PSTLayer
 from .loading import check_stored_adapter
 from .nesting import Place, check_not_nested
 from .plan import LayerPlan, ScheduleStatus
+from .quantised import PSTQuantisedLinear, backend_of, dequantise_the_rest
 from .schedule import cubic_sparsity
 from .targets import find_block_linears
 from .ties import shared_weights
@@ -99,7 +100,8 @@ class PSTModel(BaseTuner):
         if isinstance(target, PSTMultiheadAttention):
             target.adapt_all(adapter_name, peft_config, self._status)
             return
-        kind = kind_of(target, parent, current_key)
+        backend = None if isinstance(target, BaseTunerLayer) else backend_of(self.model, target)
+        kind = kind_of(target, parent, current_key, backend)
         for name in ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             _check_untied(self._shared.get((target, name)), current_key, "Adapting")
         new_module: nn.Module
@@ -107,7 +109,8 @@ class PSTModel(BaseTuner):
             new_module = kind(target, current_key)
             new_module.adapt_all(adapter_name, peft_config, self._status)
         else:
-            new_module = kind(target, adapter_name, peft_config, self._status, current_key)
+            options = {} if backend is None else {"backend": backend}
+            new_module = kind(target, adapter_name, peft_config, self._status, current_key, **options)
         if adapter_name not in self.active_adapters:
             # A further adapter is not trainable until it is activated.
             new_module.requires_grad_(False)
@@ -166,6 +169,34 @@ class PSTModel(BaseTuner):
         for layer in pst_layers(self.model):
             places = shared.get((layer.get_base_layer(), layer.stored_name))
             _check_untied(places, layer.module_name, "Merging")
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize: bool = False,
+    ) -> nn.Module:
+        """Merge, and return the base model without adapters, as PEFT's other tuners do.
+
+        Args:
+            progressbar: whether to show progress.
+            safe_merge: whether to look for NaN and infinity first.
+            adapter_names: the adapters to merge; by default those now active.
+            dequantize: whether to make a quantised model dense: all of its quantised layers, adapted or not.
+
+        Returns:
+            The base model, with exact zeros where the adapters prune.
+        """
+        if dequantize:
+            self._check_merge_allowed()
+            for layer in pst_layers(self.model):
+                if isinstance(layer, PSTQuantisedLinear):
+                    layer.merge_dense(safe_merge, adapter_names)
+        merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if dequantize:
+            dequantise_the_rest(merged)
+        return merged
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in pst_layers(self.model):
