@@ -60,3 +60,10 @@ def test_a_table_shows_the_runs_and_nothing_else(folder: Path) -> None:
         assert mean == pytest.approx(statistics.fmean(scores.values()))
         cells.append(cell)
     assert (folder / "table.md").read_text(encoding="utf-8") == to_markdown(settings, cells)
+
+
+def test_the_readme_quotes_the_table() -> None:
+    quoted = [line for line in (RUNS.parent / "README.md").read_text(encoding="utf-8").splitlines() if "(1) |" in line]
+    table = (RUNS / "minilm-sst2" / "table.md").read_text(encoding="utf-8").splitlines()
+    assert len(quoted) == 4
+    assert set(quoted) <= set(table)
