@@ -274,7 +274,8 @@ def sparse_inference(
         >>> report = sparse_inference(model, kernel="csr")
         >>> report.layers[0].kernel, model[0]
         ('csr', SparseLinear(in_features=64, out_features=64, kernel='csr'))
-        >>> torch.equal(model(torch.ones(2, 64)), torch.ones(2, 64))
+        >>> with torch.no_grad():
+        ...     torch.equal(model(torch.ones(2, 64)), torch.ones(2, 64))
         True
         >>> dense_again(model)[0]
         Linear(in_features=64, out_features=64, bias=False)

@@ -386,6 +386,7 @@ def test_pst_options_come_from_the_config() -> None:
         "init_weights": "fan_in",
         "target_modules": ["query", "value"],
         "exclude_modules": ["attention.output.dense"],
+        "target_parameters": ["experts.down_proj", "experts.gate_up_proj"],
         "layers_to_transform": [0, 1],
         "layers_pattern": ["layer"],
         "modules_to_save": ["pooler"],

@@ -108,9 +108,7 @@ def test_positions_of_a_conv1d_are_out_by_in() -> None:
 
 
 def test_more_entries_than_weights_are_refused() -> None:
-    message = (
-        r"Layer layers\.0\.up, adapter 'default': residual=97 is outside \[1, 96\], the number of weights; lower it"
-    )
+    message = r"Layer layers\.0\.up: residual=97 is above 96, the most for a matrix of 12 x 8"
     with pytest.raises(ValueError, match=message):
         get_peft_model(net(), PSTConfig(residual=97))
 
