@@ -107,7 +107,10 @@ def stored_zeros(file: Path) -> StoredZeros | None:
                 zeros += int(tensors.get_tensor(key).sum())
     sizes = [_size(parts) for parts in layers.values()]
     known = [size for size in sizes if size is not None]
-    return StoredZeros(len(layers), zeros, sum(known) if len(known) == len(sizes) else None)
+    weights = sum(known) if len(known) == len(sizes) else None
+    if weights == 0:
+        return None  # a process that saves its shards elsewhere writes a file without tensors
+    return StoredZeros(len(layers), zeros, weights)
 
 
 def _size(shapes: Mapping[str, tuple[int, ...]]) -> int | None:

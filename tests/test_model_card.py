@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from tiny_models import net, outputs, pruned_net, tiny_gpt2, train_a_little
 
 from peft_pst import PSTConfig, update_model_card
@@ -108,3 +109,13 @@ def test_an_adapter_of_another_name_has_its_card_above(tmp_path: Path) -> None:
     assert not (tmp_path / "mine" / CARD_NAME).exists()
     loaded = PeftModel.from_pretrained(net(), tmp_path / "mine")
     assert loaded.get_sparsity() == 0
+
+
+def test_a_file_without_tensors_says_nothing_of_zeros(tmp_path: Path) -> None:
+    """As FSDP leaves it where the shards of a checkpoint are saved elsewhere."""
+    get_peft_model(tiny_gpt2(), PSTConfig()).save_pretrained(tmp_path)
+    save_file({}, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    update_model_card(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "import peft_pst" in card
+    assert "exactly zero" not in card
