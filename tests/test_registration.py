@@ -111,8 +111,8 @@ with torch.no_grad():
     save_file({name: model.eval()(input_ids=tokens).logits for name, model in models.items()}, folder / "logits")
 print(models["loaded"].get_sparsity())
 # All that hold a class of the reloaded modules, each after those that it imports.
-names = "config plan layer group_selection module linear swapped hosts quantised kinds loading targets scope units model"
-for name in (*names.split(), "_registration"):
+names = "config plan layer group_selection module linear swapped hosts quantised kinds loading targets scope units"
+for name in (*names.split(), "model", "_registration"):
     importlib.reload(importlib.import_module(f"peft_pst.{name}"))
 importlib.reload(peft_pst)
 again = AutoPeftModelForSequenceClassification.from_pretrained(folder / "adapter")
