@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from .json_file import write_json
 from .kernel_timing import time_kernels
 from .linear import is_linear
 from .masking import count_zeros
@@ -101,13 +100,7 @@ class InferenceReport:
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict` as JSON; an interrupted write leaves the old file whole."""
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            beside.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_json(path, self.to_dict())
 
     def to_table(self) -> str:
         """A table for the terminal, one line a layer, and what the whole comes to in a sentence."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -22,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import StoredTensor, checkpoint_files, floating_tensors, is_compact, stored_tensors
 from .group_selection import entries
+from .json_file import write_json
 from .layer import PSTLayer
 from .masking import count_zeros, num_pruned
 from .model import pst_layers
@@ -211,13 +211,7 @@ class SparsityReport:
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict` as JSON; an interrupted write leaves the old file whole."""
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            beside.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> SparsityReport:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..json_file import write_json
 from ..plots import plot_latency
 from .console import plain_warnings
 from .errors import UserError, require
@@ -103,8 +104,12 @@ def _positive(text: str) -> int:
 _positive.__name__ = "number of 1 or more"  # what argparse calls the type
 
 
+def _threads(result: dict[str, Any]) -> str:
+    return "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
+
+
 def _text(measured: Sequence[Measurement], result: dict[str, Any]) -> str:
-    head = f"{result['model']} on {result['threads']} threads of {result['machine']}"
+    head = f"{result['model']} on {_threads(result)} of {result['machine']}"
     tables = [f"{measurement.to_table()}\n\n{measurement.verdict()}" for measurement in measured]
     return "\n\n".join([head, *tables, _NOTE])
 
@@ -116,11 +121,11 @@ compiler packs it. sparse: each pruned layer by what was measured fastest at thi
 
 def _write(output: Path, result: dict[str, Any], measured: Sequence[Measurement]) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    (output / "bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "bench.json", result)
     tables = "\n\n".join(f"{measurement.to_markdown()}\n\n{measurement.verdict()}" for measurement in measured)
     (output / "bench.md").write_text(tables + "\n", encoding="utf-8")
     bars = {
         measurement.title: [(row.variant, 1e3 * row.seconds, row.is_dense) for row in measurement.rows]
         for measurement in measured
     }
-    plot_latency(bars, output / "bench.png", subtitle=f"{result['threads']} threads of {result['machine']}")
+    plot_latency(bars, output / "bench.png", subtitle=f"{_threads(result)} of {result['machine']}")
