@@ -246,9 +246,8 @@ def test_a_merged_model_is_saved_from_its_store(checkpoint: str, tmp_path: Path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of a process")
-@pytest.mark.parametrize(
-    "place", ["disk", *(pytest.param(name, marks=pytest.mark.slow) for name in ("memory", "host"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["disk", "memory", "host"])
 def test_merging_holds_no_second_copy_of_the_model(tmp_path: Path, place: str) -> None:
     script = Path(__file__).parent / "offloaded_merge.py"
     # Every tensor in pages of its own, which go back to the system when it does.

@@ -213,6 +213,7 @@ def test_finished_runs_are_skipped_and_a_crash_stops_no_other(
     assert sorted(started) == [1, 2, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_row_from_one_command_in_a_fresh_process(
     settings_file: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

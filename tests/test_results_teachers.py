@@ -50,6 +50,7 @@ def taught_run(settings: Settings, data: Path) -> Run:
     return make_run(settings, machine(data), "sst2", "taught", 0.7, 0, RATES, {"lr": 1e-3})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_teacher_is_the_dense_rows_own_run_and_is_trained_once(
     settings: Settings, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -310,6 +310,7 @@ def test_a_model_made_without_its_pooler_stays_without() -> None:
     assert_close(answer(small), answer(model))
 
 
+@pytest.mark.slow
 def test_in_a_new_process(tmp_path: Path) -> None:
     """Stock transformers alone; importing the package is an error there."""
     model = silenced("vit", CASES["vit"])

@@ -31,6 +31,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options))
 def test_every_option_ends_at_the_target(tmp_path: Path, options: dict[str, Any]) -> None:
     model = tiny_model(target_sparsity=0.6)
