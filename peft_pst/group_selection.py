@@ -84,6 +84,11 @@ def entries(groups: CoupledGroups, module: str | None = None) -> int:
     )
 
 
+def weights(coupled: Sequence[CoupledGroups]) -> int:
+    """Weights of all groups of all places."""
+    return sum(entries(groups) * groups.num_groups for groups in coupled)
+
+
 def mean_scores(groups: CoupledGroups, layers: Mapping[str, PSTLayer], adapter_name: str, by: Criterion) -> Tensor:
     """Mean score of the weights of each group, (num_groups,).
 
@@ -103,7 +108,7 @@ def select_groups(
     adapter_name: str,
     sparsity: float,
     by: Criterion = "scores",
-) -> list[Tensor]:
+) -> list[tuple[int, Tensor]]:
     """Which groups stay, for each of several kinds of place that share one budget of zeros.
 
     Args:
@@ -114,7 +119,7 @@ def select_groups(
         by: what is ranked.
 
     Returns:
-        Boolean (num_groups,) for each, True = keep.
+        For each the number of groups that go, and which stay: boolean (num_groups,), True = keep.
 
     Raises:
         ValueError: if a score is NaN, or `min_kept` leaves no room for so many zeros.
@@ -122,7 +127,7 @@ def select_groups(
     scores = [mean_scores(groups, layers, adapter_name, by) for groups in coupled]
     config = layers[coupled[0].modules[0]].pst_plans[adapter_name].config
     counts = _counts(coupled, scores, sparsity, config.min_kept)
-    return [select_mask(own, count) for own, count in zip(scores, counts, strict=True)]
+    return [(count, select_mask(own, count)) for own, count in zip(scores, counts, strict=True)]
 
 
 def _counts(coupled: Sequence[CoupledGroups], scores: Sequence[Tensor], sparsity: float, min_kept: float) -> list[int]:
@@ -132,7 +137,7 @@ def _counts(coupled: Sequence[CoupledGroups], scores: Sequence[Tensor], sparsity
         Ranked(partial(list, [own]), entries(groups), most_pruned(groups.num_groups, min_kept))
         for groups, own in zip(coupled, scores, strict=True)
     ]
-    return split_budget(ranked, num_pruned(sum(entries(groups) * groups.num_groups for groups in coupled), sparsity))
+    return split_budget(ranked, num_pruned(weights(coupled), sparsity))
 
 
 def check_groups_reachable(coupled: Sequence[CoupledGroups], min_kept: float, sparsity: float) -> None:
@@ -141,18 +146,16 @@ def check_groups_reachable(coupled: Sequence[CoupledGroups], min_kept: float, sp
     Raises:
         ValueError: naming the highest sparsity.
     """
-    weights = sum(entries(groups) * groups.num_groups for groups in coupled)
     most = sum(entries(groups) * most_pruned(groups.num_groups, min_kept) for groups in coupled)
-    if len(coupled) > 1 and num_pruned(weights, sparsity) > most:
+    if len(coupled) > 1 and num_pruned(weights(coupled), sparsity) > most:
         raise ValueError(
             f"target_sparsity={sparsity} cannot be reached over all {coupled[0].kind}: with min_kept={min_kept} of "
-            f"each layer, and one at least, {most / weights:.4g} is the most; lower one of the two."
+            f"each layer, and one at least, {most / weights(coupled):.4g} is the most; lower one of the two."
         )
 
 
-def group_changes(coupled: Sequence[CoupledGroups], kept: Sequence[Tensor]) -> Iterator[tuple[str, Change]]:
-    """What keeping some groups and dropping the others comes to for each matrix, by the name of its module."""
-    for groups, keep in zip(coupled, kept, strict=True):
-        pruned = groups.num_groups - int(keep.sum())
-        for name, mask in group_masks(groups, keep).items():
-            yield name, Change((pruned * entries(groups, name),), pack_mask(mask))
+def group_changes(groups: CoupledGroups, selected: tuple[int, Tensor]) -> Iterator[tuple[str, Change]]:
+    """What a selection comes to for each matrix, by the name of its module."""
+    pruned, keep = selected
+    for name, mask in group_masks(groups, keep).items():
+        yield name, Change((pruned * entries(groups, name),), pack_mask(mask))

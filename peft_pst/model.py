@@ -358,9 +358,9 @@ def _selection_is_due(unit: Unit, step: int) -> bool:
     interval = unit.plan.config.mask_interval
     if interval is None:
         # Whatever was pruned before, in an earlier run or at once, is held.
-        return unit.num_pruned > unit.in_force
+        return unit.in_force < unit.reach.start
     # The target is reached on time whatever the interval, or a short run would end below it.
-    return step % interval == 0 or (unit.sparsity == unit.plan.target_sparsity and unit.num_pruned != unit.in_force)
+    return step % interval == 0 or (unit.sparsity == unit.plan.target_sparsity and unit.in_force not in unit.reach)
 
 
 def _scheduled_sparsity(plan: LayerPlan, step: int, total_steps: int | None) -> float:

@@ -26,7 +26,9 @@ from .layer import PSTLayer
 from .masking import count_zeros, num_pruned
 from .model import pst_layers
 from .packing import compact_ratio
+from .scope import Pair
 from .tables import sparsity_table
+from .units import units
 
 REPORT_NAME = "pst_report.json"
 """The file beside a merged checkpoint's weights that keeps the promise and the target of each layer."""
@@ -43,7 +45,8 @@ class LayerSparsity:
         zeros: entries that are exactly zero, counted in the tensor.
         promised: zeros that the adapter says are there, from its state; None where no adapter is known.
         target_sparsity: fraction of zeros to be reached at the end, in [0, 1); None where no adapter is known.
-        target_zeros: what that comes to, where it is not `num_pruned(weights, target_sparsity)`, as with whole groups.
+        target_zeros: what that comes to, where it is not `num_pruned(weights, target_sparsity)`, as with whole groups,
+            or with a share of what several matrices have reached together.
         shares_target: whether the matrices that share it have that fraction together, each more or less.
         transposed: whether the tensor is stored as (in, out), as transformers' `Conv1D` does.
     """
@@ -269,7 +272,10 @@ target_zeros=None, shares_target=False)
         known = sorted({name for layer in found for name in layer.pst_plans})
         wanted = "active PST adapter" if adapter_name is None else f"PST adapter named {adapter_name!r}"
         raise ValueError(f"The model has no {wanted}; it has {known or 'none'}.")
-    rows = tuple(_count_layer(layer, names) for layer, names in _progress(pairs, progressbar, "counting", "layer"))
+    at_target = _zeros_at_target(pairs)
+    rows = tuple(
+        _count_layer(layer, names, at_target) for layer, names in _progress(pairs, progressbar, "counting", "layer")
+    )
     names = sorted({name for _, names in pairs for name in names})
     return SparsityReport(
         source=_plain_class_name(model),
@@ -383,12 +389,12 @@ def _adapters_to_report(layer: PSTLayer, adapter_name: str | None) -> list[str]:
     return [name for name in wanted if name in layer.pst_plans]
 
 
-def _count_layer(layer: PSTLayer, names: list[str]) -> LayerSparsity:
+def _count_layer(layer: PSTLayer, names: list[str], at_targets: Mapping[Pair, int]) -> LayerSparsity:
     base = layer.get_base_layer()
     # A merged layer is counted as it stands, whatever was done to it since.
     is_merged = sorted(layer.merged_adapters) == sorted(names)
     target = max(layer.pst_plans[name].target_sparsity for name in names)
-    at_target = max(_zeros_at_target(layer, name) for name in names)
+    at_target = max(at_targets[layer, name] for name in names)
     return LayerSparsity(
         name=layer.module_name,
         shape=(layer.out_features, layer.in_features),
@@ -401,7 +407,16 @@ def _count_layer(layer: PSTLayer, names: list[str]) -> LayerSparsity:
     )
 
 
-def _zeros_at_target(layer: PSTLayer, adapter_name: str) -> int:
+def _zeros_at_target(pairs: Sequence[tuple[PSTLayer, list[str]]]) -> dict[Pair, int]:
+    """What each layer's target comes to; of a target that several share and have reached, what fell to the layer."""
+    found = {(layer, name): _own_zeros_at_target(layer, name) for layer, names in pairs for name in names}
+    for unit in units((layer, name, layer.pst_plans[name].target_sparsity) for layer, name in found):
+        if unit.plan.shares_target and unit.in_force in unit.reach:
+            found.update({(layer, name): layer.get_num_pruned(name) for layer, name in unit.pairs})
+    return found
+
+
+def _own_zeros_at_target(layer: PSTLayer, adapter_name: str) -> int:
     plan = layer.pst_plans[adapter_name]
     if not plan.groups:
         return sum(layer.counts_at(adapter_name, plan.target_sparsity))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .coupling import CoupledGroups
-from .group_selection import check_groups_reachable, entries, group_changes, select_groups
+from .group_selection import check_groups_reachable, entries, group_changes, select_groups, weights
 from .masking import num_pruned
 from .plan import Change, Criterion, LayerPlan
 from .scope import Pair, check_reachable, shared_counts
@@ -31,9 +32,9 @@ class Unit:
         return layer.pst_plans[name]
 
     @property
-    def num_pruned(self) -> int:
-        """Zeros that the sparsity comes to."""
-        return sum(sum(layer.counts_at(name, self.sparsity)) for layer, name in self.pairs)
+    def reach(self) -> range:
+        """Numbers of zeros that the sparsity may come to: more than one where whole groups share a budget."""
+        return _exactly(sum(sum(layer.counts_at(name, self.sparsity)) for layer, name in self.pairs))
 
     @property
     def in_force(self) -> int:
@@ -61,8 +62,12 @@ class SharedUnit(Unit):
     """All matrices that have one target together."""
 
     @property
-    def num_pruned(self) -> int:
-        return num_pruned(sum(layer.num_weights for layer, _ in self.pairs), self.sparsity)
+    def reach(self) -> range:
+        budget = num_pruned(sum(layer.num_weights for layer, _ in self.pairs), self.sparsity)
+        largest = max(math.prod(layer.pst_plans[name].size) for layer, name in self.pairs)
+        # Zeros that stay whatever the scores may come on top of the budget.
+        kept_zeros = sum(sum(layer.counts_at(name, 0.0)) for layer, name in self.pairs)
+        return range(budget - largest + 1, budget + kept_zeros + 1)
 
     def check(self) -> None:
         check_reachable(self.pairs, self.sparsity)
@@ -86,10 +91,11 @@ class GroupUnit(Unit):
     coupled: list[CoupledGroups]
 
     @property
-    def num_pruned(self) -> int:
+    def reach(self) -> range:
         if len(self.coupled) == 1:
-            return num_pruned(self.coupled[0].num_groups, self.sparsity) * entries(self.coupled[0])
-        return num_pruned(sum(entries(groups) * groups.num_groups for groups in self.coupled), self.sparsity)
+            return _exactly(num_pruned(self.coupled[0].num_groups, self.sparsity) * entries(self.coupled[0]))
+        budget = num_pruned(weights(self.coupled), self.sparsity)
+        return range(budget - max(map(entries, self.coupled)) + 1, budget + 1)
 
     def check(self) -> None:
         check_groups_reachable(self.coupled, self.plan.config.min_kept, self.sparsity)
@@ -99,8 +105,13 @@ class GroupUnit(Unit):
         layers = {layer.module_name: layer for layer, _ in self.pairs}
         for layer, name in self.pairs:
             layer.check_unmerged(name)
-        kept = select_groups(self.coupled, layers, adapter_name, self.sparsity, by)
-        return [(layers[module], adapter_name, change) for module, change in group_changes(self.coupled, kept)]
+        selected = select_groups(self.coupled, layers, adapter_name, self.sparsity, by)
+        changes = (group_changes(*chosen) for chosen in zip(self.coupled, selected, strict=True))
+        return [(layers[module], adapter_name, change) for each in changes for module, change in each]
+
+
+def _exactly(count: int) -> range:
+    return range(count, count + 1)
 
 
 def units(planned: Iterable[tuple[*Pair, float]]) -> Iterator[Unit]:

@@ -128,6 +128,18 @@ def test_coupled_scores_are_means_in_units_of_each_matrix() -> None:
         assert torch.equal((~mask[:, 0]).nonzero().squeeze(1), dropped)
 
 
+def test_coupled_groups_under_one_budget_are_held_once_they_reach_it() -> None:
+    config = PSTConfig(
+        pattern="heads+neurons", scope="global", target_sparsity=0.3, mask_interval=None, r=2, score_rank=2
+    )
+    model = get_peft_model(tiny_bert(), config)
+    prune_once(model, 0.3)
+    masks = {name: layer.get_mask("default") for name, layer in layers_of(model).items()}
+    train(model)
+    assert all(torch.equal(layer.get_mask("default"), masks[name]) for name, layer in layers_of(model).items())
+    assert not report_model(model).misses_target
+
+
 def test_coupled_groups_start_pruned_and_at_once() -> None:
     config = PSTConfig(pattern="neurons", target_sparsity=0.5, initial_sparsity=0.25, r=2, score_rank=2)
     check_groups(get_peft_model(tiny_bert(), config), "neurons", 0.25)

@@ -44,7 +44,9 @@ class _PSTMethod(Method):
         """
         ours, paper = self.config(**options), PSTConfig.paper()
         names = sorted(_OURS - _OF_THE_RUN)
-        return {name: getattr(ours, name) for name in names if getattr(ours, name) != getattr(paper, name)}
+        changed = {name: getattr(ours, name) for name in names if getattr(ours, name) != getattr(paper, name)}
+        # PEFT keeps names of modules in sets, which JSON has not.
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
 
 
 def _method(title: str, config: Callable[..., PSTConfig], *rates: str) -> Method:
