@@ -16,6 +16,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
+from .callers import users_level
 from .config import PSTConfig
 from .fingerprint import fingerprint, identity, optimizer_steps
 from .graph import register_layer, traced_packed_mask
@@ -424,7 +425,7 @@ class PSTLayer(BaseTunerLayer):
                 f"{plan.target_sparsity}, because the schedule has never moved. Train with "
                 "Trainer(..., callbacks=[PSTCallback()]), or call model.update_sparsity(step, total_steps) after every "
                 "optimizer step.",
-                stacklevel=3,
+                stacklevel=users_level(),
             )
 
     def get_factors(self, adapter_name: str) -> Factors:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.pytorch_utils import Conv1D
 
+from .callers import users_level
 from .masked_linear import masked_linear
 from .module import PSTModule
 from .offloading import at_hand
@@ -58,7 +59,7 @@ class PSTLinear(PSTModule):
         warnings.warn(
             f"Hooks on the base layer of {self.module_name} do not run: the adapter multiplies by the masked weight "
             "itself. Register them on the adapted layer instead.",
-            stacklevel=2,
+            stacklevel=users_level(),
         )
 
 

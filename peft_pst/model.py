@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
+from .callers import users_level
 from .group_selection import couple
 from .hosts import PSTHost, PSTMultiheadAttention
 from .kinds import check_parameter, kind_of
@@ -156,7 +157,10 @@ class PSTModel(BaseTuner):
         # The one object that all layers of the adapter now being injected share.
         self._status = ScheduleStatus()
         self._shared = shared_weights(model)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with warnings.catch_warnings():
+            # PEFT knows no parameters by name; `_warn_about_unmatched_patterns` looks after this pattern too.
+            warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         names = {name for layer in pst_layers(model) if adapter_name in layer.pst_plans for name in layer.pattern_names}
         _warn_about_unmatched_patterns(self.peft_config[adapter_name], names)
         _prepare_selection(model, adapter_name)
@@ -415,8 +419,7 @@ def active_adapters(model: nn.Module) -> list[tuple[PSTLayer, str]]:
 
 
 def _warn_about_unmatched_patterns(config: Any, module_names: Collection[str]) -> None:
-    # PEFT itself looks after `rank_pattern`.
-    for field in ("sparsity_pattern", "parts", "residual_pattern", "score_rank_pattern"):
+    for field in ("sparsity_pattern", "parts", "rank_pattern", "residual_pattern", "score_rank_pattern"):
         unmatched = [
             key
             for key in getattr(config, field)
@@ -426,5 +429,5 @@ def _warn_about_unmatched_patterns(config: Any, module_names: Collection[str]) -
             warnings.warn(
                 f"The following {field} keys did not match any targeted module and were ignored: {sorted(unmatched)}.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=users_level(),
             )

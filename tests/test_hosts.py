@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import oracle
@@ -302,6 +303,24 @@ def test_experts_beside_the_linears_of_the_blocks_by_default() -> None:
     kinds = {row.name.split(".", 3)[3]: row.target_sparsity for row in report_model(model).layers}
     assert kinds["self_attn.q_proj"] == kinds["mlp.experts.down_proj.2"] == 0.9
     assert kinds["mlp.experts.gate_up_proj.0"] == 0.5
+
+
+def test_patterns_keyed_by_a_parameter_do_not_warn() -> None:
+    options = {"rank_pattern": {"experts.down_proj": 1}, "score_rank_pattern": {"gate_up_proj.2": 5}}
+    config = PSTConfig(target_modules=[], target_parameters=EXPERTS, r=2, score_rank=3, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model = get_peft_model(mixtral(), config)
+        attending = get_peft_model(
+            attention({}), PSTConfig(target_modules=["attn"], rank_pattern={"in_proj_weight": 1})
+        )
+    expected, ranks = {}, {}
+    for layer in layers_of(model).values():
+        name = layer.module_name
+        expected[name] = (1 if "down_proj" in name else 2, 5 if name.endswith("gate_up_proj.2") else 3)
+        ranks[name] = (len(layer.pst_V["default"]), len(layer.pst_B["default"]))
+    assert ranks == expected
+    assert {len(layer.pst_V["default"]) for layer in layers_of(attending).values()} == {1, 8}
 
 
 def test_held_masks_of_experts() -> None:

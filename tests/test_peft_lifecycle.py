@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from peft import (
     AutoPeftModelForCausalLM,
@@ -211,7 +212,9 @@ def test_pattern_keys_that_match_nothing_are_named(field: str) -> None:
     config = PSTConfig(**{field: {"up": 0.5 if field == "sparsity_pattern" else 1, "nowhere": 0}})
     with pytest.warns(RuntimeWarning, match=rf"{field}.*nowhere") as caught:
         get_peft_model(net(), config)
-    assert not any("'up'" in str(warning.message) for warning in caught)
+    (warning,) = caught
+    assert "'up'" not in str(warning.message)
+    assert warning.filename == __file__
 
 
 @pytest.mark.parametrize(
@@ -512,6 +515,14 @@ def test_evaluating_a_schedule_that_never_moved_warns_once(with_gradient: bool) 
     (message,) = never_pruned(caught)
     for part in ("'default'", "target is 0.9", "callbacks=[PSTCallback()]", "update_sparsity(step, total_steps)"):
         assert part in message
+
+
+@pytest.mark.parametrize("run", [logits, lambda model: model.merge_and_unload()], ids=["evaluating", "merging"])
+def test_the_warning_names_the_line_that_led_to_it(run: Callable[[nn.Module], object]) -> None:
+    model = get_peft_model(tiny_bert(), PSTConfig()).eval()
+    with pytest.warns(UserWarning, match=NEVER_PRUNED) as caught:
+        run(model)
+    assert {warning.filename for warning in caught} <= {__file__, tiny_models.__file__}  # where `logits` is
 
 
 def test_merging_a_schedule_that_never_moved_warns_once() -> None:
