@@ -10,10 +10,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 demo: $(VENV)/demo.stamp  ## fine-tune, prune, merge and reload a real model on real data (about four minutes)
 	$(BIN)/peft-pst demo
 
-test: $(VENV)/test.stamp  ## the whole quick suite, docstrings, README and notebooks included (under five minutes)
+test: $(VENV)/test.stamp  ## the whole quick suite, docstrings and README included (under five minutes)
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/test.stamp $(VENV)/demo.stamp  ## what takes minutes or the demo's packages
+test-slow: $(VENV)/test.stamp $(VENV)/demo.stamp  ## what takes minutes, the notebook, and what needs the demo's packages
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: $(VENV)/test.stamp  ## what needs a CUDA device

@@ -21,6 +21,8 @@ from transformers import (
 import peft_pst.cli
 from peft_pst.cli.options import DistillationOptions
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 WORDS = {"good": "pos", "great": "pos", "fine": "pos", "bad": "neg", "dull": "neg", "poor": "neg"}
 
 

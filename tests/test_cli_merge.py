@@ -71,6 +71,7 @@ def adapted(name: str) -> bool:
 # What is written
 
 
+@pytest.mark.slow
 def test_stock_transformers_load_the_checkpoint(classifier: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     adapter, expected = classifier
     output = tmp_path / "merged"

@@ -66,6 +66,7 @@ def test_an_adapter_folder(made, tmp_path, capsys):
     )
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_checkpoint_folder_gives_the_same_zeros(made, tmp_path, capsys):
     assert main(["report", str(made / "merged"), "--output", str(tmp_path), "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
@@ -75,6 +76,7 @@ def test_a_checkpoint_folder_gives_the_same_zeros(made, tmp_path, capsys):
     assert values == json.loads((tmp_path / "report.json").read_text())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_checkpoint_that_lost_zeros_is_flagged(made, tmp_path, capsys):
     merged = shutil.copytree(made / "merged", tmp_path / "merged")
     state = load_file(merged / "model.safetensors")
@@ -92,6 +94,7 @@ def test_one_file_and_the_default_folder_beside_it(made, tmp_path, capsys):
     assert (tmp_path / "report" / "layer_sparsity.png").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_layer_drawn_can_be_chosen_by_the_end_of_its_name(made, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(

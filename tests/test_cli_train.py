@@ -30,6 +30,8 @@ from peft_pst.cli.pst_options import pst_fields
 from peft_pst.cli.train import _make_trainer, add_adapter
 from peft_pst.masking import num_pruned
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 GOOD, BAD = ("good", "great", "fine"), ("bad", "dull", "poor")
 ROWS = [(f"the {noun} was {word}", word in GOOD) for noun in ("film", "plot", "cast") for word in (*GOOD, *BAD)]
 
@@ -76,7 +78,10 @@ def logits(adapter: Path, texts: list[str], **kwargs: int) -> torch.Tensor:
 # What a run leaves behind
 
 
-def test_classification_from_csv(bert: str, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_classification_from_csv(
+    bert: str, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # with pictures
     output = tmp_path / "out"
     assert train(bert, output, "--train_file", reviews, "--validation_file", reviews, "--learning_rate", "0.05") == 0
     assert Labels.load(output) == Labels("single_label_classification", ("neg", "pos"))

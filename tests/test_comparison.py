@@ -284,6 +284,7 @@ def test_the_table_names_what_was_lost(saved):
     assert json.loads(json.dumps(good.to_dict()))["layers"][0]["shape"] == [16, 16]
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("lost", [0, 7])
 @pytest.mark.parametrize("as_json", [False, True])
 def test_the_command_ends_with_status_one_where_zeros_were_lost(lost, as_json, saved, tmp_path, capsys):
@@ -300,6 +301,7 @@ def test_the_command_ends_with_status_one_where_zeros_were_lost(lost, as_json, s
         assert (LAYER in printed.split("Zeros of")[1]) == bool(lost)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_command_compares_adapters_as_they_will_be_merged(saved, tmp_path, capsys):
     for keep_zeros in (True, False):
         base = type(tiny_bert()).from_pretrained(saved)

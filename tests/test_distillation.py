@@ -326,8 +326,17 @@ STUDENTS = {
 }
 
 
-@pytest.mark.parametrize("kind", STUDENTS)
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "adapted"),
+    [
+        ("classifier", True),
+        ("language model", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("classifier", False), ("language model", True), ("regression", False), ("regression", True)]
+        ),
+    ],
+)
 def test_pruned_student_comes_near_its_teacher(tmp_path: Path, kind: str, adapted: bool) -> None:
     make, data, task, changes = STUDENTS[kind]
     if kind == "regression":

@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from tiny_models import assert_same_tensors, inputs, layers_of, net, outputs, pruned_net, snapshot
 from torch import Tensor
 
-QUICK, THOROUGH = 70, 2000
+QUICK, THOROUGH = 40, 2000
 OPTIONS: dict[str, Any] = {"residual": 4, "mask_interval": 3}
 UP = "base_model.model.layers.0.up"
 # Errors of reading and checking. Anything else, such as a KeyError deep in a library, tells its user nothing.

@@ -50,6 +50,7 @@ def test_a_block_is_two_wide_matrices_and_four_square_ones(benchmark):
     assert benchmark.best(seconds, is_sparse=False) == seconds["onednn"]
 
 
+@pytest.mark.slow
 def test_models(benchmark, tmp_path, capsys):
     benchmark.main(["models", *TINY, "--output", str(tmp_path)])
     rows = json.loads((tmp_path / "models-1threads.json").read_text())["rows"]
