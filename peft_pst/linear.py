@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from transformers.pytorch_utils import Conv1D
 
 from .callers import users_level
@@ -39,15 +38,8 @@ class PSTLinear(PSTModule):
         if not (torch.is_grad_enabled() and self._trains(names)):
             return F.linear(x, self._inference_weight(names), bias)
         weight, pruners = self._dense(), self._pruners(names)
-        if not self._is_offloaded:
-            return masked_linear(x, weight, bias, pruners)
-        place = weight.data_ptr()
-        # Read again for the backward, or all weights of the model would be in memory when it starts.
-        with saved_tensors_hooks(
-            lambda tensor: None if tensor.data_ptr() == place else tensor,
-            lambda saved: self._dense() if saved is None else saved,
-        ):
-            return masked_linear(x, weight, bias, pruners)
+        # Read again for the backward, or all offloaded weights of the model would be in memory when it starts.
+        return masked_linear(x, weight, bias, pruners, self._dense if self._is_offloaded else None)
 
     def _warn_about_hooks(self) -> None:
         base = self._base

@@ -7,7 +7,7 @@ layer's size is made again when it is needed, by the same functions that merging
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple, cast
 
@@ -86,7 +86,13 @@ def _has_kernels(weight: Tensor, pruners: Sequence[Pruner]) -> bool:
     return len(pruners) == 1 and pruners[0].factors.S is None and kernels.available(weight)
 
 
-def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pruners: Sequence[Pruner]) -> Tensor:
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pruners: Sequence[Pruner],
+    remake: Callable[[], Tensor] | None = None,
+) -> Tensor:
     """y = x W_eff' + b, differentiable in x, b, and every factor of every adapter.
 
     The mask is straight-through (dM/dS = 1), so with G = dL/dW_eff and one adapter
@@ -106,6 +112,7 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pruners: Seque
         weight: base weight, (out, in), normally frozen; it gets a gradient only when it requires one.
         bias: (out,), or None.
         pruners: the active adapters, at least one.
+        remake: makes `weight` anew for the backward, which then is not kept for it; None keeps it.
 
     Returns:
         (..., out), in the dtype of `x`, or of autocast where that is on.
@@ -127,7 +134,7 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pruners: Seque
     tensors = _flat(pruners)
     device_type = x.device.type
     autocast_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    return _MaskedLinear.apply(x, weight, bias, autocast_dtype, settings, *tensors)
+    return _MaskedLinear.apply(x, weight, bias, autocast_dtype, settings, remake, *tensors)
 
 
 def straight_through_weight(weight: Tensor, pruners: Sequence[Pruner]) -> Tensor:
@@ -196,6 +203,7 @@ class _MaskedLinear(torch.autograd.Function):
         bias: Tensor | None,
         autocast_dtype: torch.dtype | None,
         settings: tuple[Settings, ...],
+        remake: Callable[[], Tensor] | None,
         *tensors: Tensor | None,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -206,9 +214,9 @@ class _MaskedLinear(torch.autograd.Function):
                 x = x.to(dtype)
                 bias = bias if bias is None else bias.to(dtype)
             output = F.linear(x, effective, bias)
-        ctx.settings = settings
-        # No layer-sized tensor but the frozen base weight, which lives anyway, and the packed masks.
-        ctx.save_for_backward(x, weight, *tensors)
+        ctx.settings, ctx.remake = settings, remake
+        # No layer-sized tensor but the frozen base weight, where it lives anyway, and the packed masks.
+        ctx.save_for_backward(x, weight if remake is None else None, *tensors)
         return output
 
     @staticmethod
@@ -245,9 +253,11 @@ def _refuse_second_derivative() -> None:
 @torch.no_grad()
 def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     x, weight, *tensors = ctx.saved_tensors
+    if ctx.remake is not None:
+        weight = ctx.remake()
     pruners = _pruners(tensors, ctx.settings)
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-    wants_factors = ctx.needs_input_grad[5:]  # after x, weight, bias, autocast dtype, settings
+    wants_factors = ctx.needs_input_grad[6:]  # after x, weight, bias, autocast dtype, settings, remake
     grad_x = grad_weight = grad_bias = None
     grad_factors: Sequence[Tensor | None] = [None] * len(tensors)
     with torch.autocast(grad_output.device.type, enabled=False):
@@ -262,7 +272,7 @@ def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
             # In large blocks of rows, so that the product is efficient and G need not exist as a whole.
             products = ((block, rows[:, block].T @ x) for block in _product_blocks(weight, pruners))
             grad_weight, grad_factors = _parameter_gradients(products, weight, pruners, wants_weight, wants_factors)
-    return grad_x, grad_weight, grad_bias, None, None, *grad_factors
+    return grad_x, grad_weight, grad_bias, None, None, None, *grad_factors
 
 
 @torch.no_grad()

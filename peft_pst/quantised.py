@@ -6,12 +6,13 @@ What a quantisation is like is known to PEFT alone, through its `QuantizationBac
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.utils.quantization_utils import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from .config import PSTConfig
 from .layer import outside_any_graph
@@ -108,6 +109,8 @@ class PSTQuantisedLinear(PSTLinear):
         return self._base.out_features, self._base.in_features
 
     def _dense(self) -> Tensor:
+        if self._loaded_weight is not None:
+            return self._loaded_weight
         return self._dequantised(self._base if self._before_merge is None else self._before_merge[0])
 
     def get_stored_weight(self) -> Tensor:
@@ -121,16 +124,29 @@ class PSTQuantisedLinear(PSTLinear):
     def _may_keep_weight(self) -> bool:
         return False  # it would take what quantisation saves
 
+    @contextmanager
+    def loading_once(self) -> Iterator[None]:
+        """Within the block the weight is dequantised but once."""
+        if self._loaded_weight is not None:
+            yield
+            return
+        self._loaded_weight = self._dense()
+        try:
+            yield
+        finally:
+            self._loaded_weight = None
+
     def _product(self, x: Tensor, names: list[str]) -> Tensor:
-        dtype, bias = x.dtype, self._base.bias
-        weight, pruners = self._dense().to(dtype), self._pruners(names)
-        place = weight.data_ptr()
-        # Dequantised anew for the backward.
-        with saved_tensors_hooks(
-            lambda tensor: None if tensor.data_ptr() == place else tensor,
-            lambda saved: self._dense().to(dtype) if saved is None else saved,
-        ):
-            return masked_linear(x, weight, bias if bias is None else bias.to(dtype), pruners)
+        # Under autocast the product is made in its precision, whatever that of the weight.
+        dtype = self._dense().dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+        bias = self._base.bias
+        return masked_linear(
+            x,
+            self._dense().to(dtype),
+            bias if bias is None else bias.to(x.dtype),
+            self._pruners(names),
+            remake=lambda: self._dense().to(dtype),
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Quantise the masked weight into the base layer, its zeros exact.

@@ -16,37 +16,9 @@ from tiny_models import layers_of, shake
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
+import peft_pst.quantised
+from benchmarks.cost.quantisation import bitsandbytes_int8, bitsandbytes_nf4, hqq_int4, torchao_int8
 from peft_pst import PSTConfig, num_pruned, report_model, update_sparsity
-
-
-def torchao_int8(linear: nn.Linear) -> nn.Module:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    quantize_(linear, Int8WeightOnlyConfig())
-    return linear
-
-
-def bitsandbytes_int8(linear: nn.Linear) -> nn.Module:
-    import bitsandbytes
-
-    quantised = bitsandbytes.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
-    quantised.load_state_dict(linear.state_dict())
-    return quantised.to("cpu")
-
-
-def bitsandbytes_nf4(linear: nn.Linear) -> nn.Module:
-    import bitsandbytes
-
-    sizes = linear.in_features, linear.out_features
-    quantised = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4")
-    quantised.load_state_dict(linear.state_dict())
-    return quantised.to("cpu")
-
-
-def hqq_int4(linear: nn.Linear) -> nn.Module:
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
-    return HQQLinear(linear, BaseQuantizeConfig(nbits=4, group_size=64), compute_dtype=torch.float32, device="cpu")
 
 
 def needs(package: str, make: Callable[[nn.Linear], nn.Module]) -> object:
@@ -132,10 +104,34 @@ def test_no_dense_weight_is_kept_between_passes(quantise: Callable) -> None:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model.train().base_model.model.adapted(X)
+    assert any(tensor is X for tensor in kept), "a checkpoint around the layer has a say in whatever it keeps"
     assert not [tensor for tensor in kept if tensor.numel() == 64 * 128 and tensor.is_floating_point()]
     output(model.eval())
     (layer,) = layers_of(model).values()
     assert layer._masked_weight is None
+
+
+@every_quantisation
+def test_a_weight_is_dequantised_once_a_pass(quantise: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = sparse(quantise).train().base_model.model.adapted
+    times: list[None] = []
+    dequantised = peft_pst.quantised.dequantised
+    monkeypatch.setattr(peft_pst.quantised, "dequantised", lambda *args: times.append(None) or dequantised(*args))
+    y = layer(X)  # selects the mask, too
+    assert len(times) == 1
+    y.sum().backward()
+    assert len(times) == 2
+
+
+@every_quantisation
+def test_under_autocast_the_weight_stays_in_its_precision(quantise: Callable) -> None:
+    layer = sparse(quantise).train().base_model.model.adapted
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(X)
+    with torch.no_grad():
+        expected = X.bfloat16() @ layer.get_masked_weight().bfloat16().T + layer.get_base_layer().bias.bfloat16()
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y, expected) <= 1e-2
 
 
 @those_that_keep_zeros
