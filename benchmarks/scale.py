@@ -98,10 +98,11 @@ class Llama:
         """Embeddings, the prediction layer, and norms."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2) + (2 * self.blocks + 1) * self.hidden
 
-    def activations(self, tokens: int) -> int:
-        """Bytes in bf16 with a checkpoint a block: the input of every block, one block's own, and float32 logits."""
-        one_block = 2 * tokens * (8 * self.hidden + 4 * self.intermediate)
-        return 2 * tokens * self.hidden * self.blocks + one_block + 8 * tokens * self.vocabulary
+    def activations(self, tokens: int, element: int = 2, checkpointed: bool = True) -> int:
+        """Bytes: with a checkpoint a block its input and one block's own, else all blocks' own; float32 logits."""
+        one_block = element * tokens * (8 * self.hidden + 4 * self.intermediate)
+        blocks = element * tokens * self.hidden * self.blocks + one_block if checkpointed else one_block * self.blocks
+        return blocks + 8 * tokens * self.vocabulary
 
 
 LLAMAS = (

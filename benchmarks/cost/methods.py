@@ -91,9 +91,9 @@ def with_method(base: nn.Module, method: str, options: argparse.Namespace) -> nn
 class Run:
     """One method's model, optimizer and step."""
 
-    def __init__(self, method: str, options: argparse.Namespace) -> None:
+    def __init__(self, method: str, options: argparse.Namespace, base: nn.Module | None = None) -> None:
         self.method, self.options = method, options
-        self.model = with_method(base_model(options), method, options).train()
+        self.model = with_method(base_model(options) if base is None else base, method, options).train()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trained = 0 if method == "products" else sum(parameter.numel() for parameter in trained)
         self.optimizer = self._optimizer(trained)
