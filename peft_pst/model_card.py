@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
@@ -59,8 +61,8 @@ class StoredZeros(NamedTuple):
 def update_model_card(folder: str | Path, metrics: Mapping[str, float] | None = None) -> None:
     """Say in an adapter folder's README.md what the adapter is, how it is loaded, how sparse and how good it is.
 
-    `save_pretrained`, and with it `push_to_hub`, does so by itself, without metrics. The section is written anew each
-    time; the rest of the card is left alone.
+    `save_pretrained`, and with it `push_to_hub`, of models and of a `Trainer`, does so by itself, without metrics. The
+    section is written anew each time; the rest of the card is left alone.
 
     Args:
         folder: what `save_pretrained` wrote, with `adapter_config.json`; a card is made if there is none.
@@ -90,6 +92,31 @@ def update_model_card(folder: str | Path, metrics: Mapping[str, float] | None = 
     card.data["tags"] = sorted({*(card.data.tags or ()), *TAGS})
     card.text = _insert(card.text, _section(config, stored_zeros(folder / SAFETENSORS_WEIGHTS_NAME), metrics))
     card.save(path)
+
+
+def keep_section_in_cards() -> None:
+    """Have PEFT's models write PST's section too when they finish a card; to ask for it again is harmless.
+
+    A `Trainer` that pushes to the hub writes its own card over that of the adapter, lets the `PeftModel` add what it
+    has to say, and uploads the folder. This method of `PeftModel` is all that runs in between.
+    """
+    write = PeftModel.create_or_update_model_card
+    if hasattr(write, "__wrapped__"):
+        return
+
+    @wraps(write)
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+        write(self, output_dir)
+        _restore_section(Path(output_dir))
+
+    PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]
+
+
+def _restore_section(folder: Path) -> None:
+    if not (folder / CONFIG_NAME).is_file() or _BEGIN in (folder / CARD_NAME).read_text(encoding="utf-8"):
+        return  # an adapter that is just being saved, whose configuration comes last and writes the section
+    if json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type") == "PST":
+        update_model_card(folder)
 
 
 def stored_zeros(file: Path) -> StoredZeros | None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from tiny_models import net, outputs, pruned_net, tiny_gpt2, train_a_little
+from tiny_models import net, outputs, pruned_net, tiny_bert, tiny_gpt2, train_a_little
+from transformers import Trainer, TrainingArguments
 
-from peft_pst import PSTConfig, update_model_card
+from peft_pst import PSTCallback, PSTConfig, update_model_card
 from peft_pst.model import pst_layers
 from peft_pst.model_card import CARD_NAME, StoredZeros, stored_zeros
 
@@ -119,3 +122,64 @@ def test_a_file_without_tensors_says_nothing_of_zeros(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert "import peft_pst" in card
     assert "exactly zero" not in card
+
+
+class Hub:
+    """Stands in for the hub: keeps the card of what is uploaded."""
+
+    def __init__(self) -> None:
+        self.cards: list[str] = []
+
+    def create_repo(self, name: str, **options: object) -> SimpleNamespace:
+        return SimpleNamespace(repo_id=f"somebody/{name}")
+
+    def upload_folder(self, *, folder_path: str, **options: object) -> None:
+        self.cards.append((Path(folder_path) / CARD_NAME).read_text())
+
+
+def card_trainer(folder: Path) -> Trainer:
+    model = train_a_little(get_peft_model(tiny_bert(), PSTConfig(task_type="SEQ_CLS", target_sparsity=0.7)))
+    arguments = TrainingArguments(str(folder), report_to=[], use_cpu=True)
+    return Trainer(model, arguments, callbacks=[PSTCallback()])
+
+
+def test_a_trainer_that_pushes_to_the_hub_says_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub()
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
+    trainer = card_trainer(tmp_path)
+    trainer.push_to_hub(dataset="sst2")
+    trainer.model.update_sparsity(4, 10)
+    trainer.push_to_hub()
+    for card in hub.cards:
+        assert card.count("## Sparse training") == 1
+        assert card.index("# Sparse training") < card.index("## Training procedure")  # of the Trainer's own
+        assert {"peft_pst", "pruning", "sparsity"} <= set(ModelCard(card).data.tags)
+    zeros = [re.search(r"With it, (.*) of .* entries", card).group(1) for card in hub.cards]
+    assert zeros[0] != zeros[1]
+
+
+def test_the_card_of_a_trainers_model(tmp_path: Path) -> None:
+    trainer = card_trainer(tmp_path)
+    trainer.save_model()
+    saved = (tmp_path / CARD_NAME).read_text()
+    assert "## Sparse training" in saved
+    trainer.create_model_card()
+    made = (tmp_path / CARD_NAME).read_text()
+    assert "generated automatically according to the information the Trainer had access to" in made
+    assert section_of(made) == section_of(saved)
+
+
+def section_of(card: str) -> str:
+    return card.partition("## Sparse training")[2].partition("<!-- peft_pst: end -->")[0]
+
+
+def test_other_adapters_and_damaged_files_are_left_alone(tmp_path: Path) -> None:
+    get_peft_model(net(), LoraConfig(target_modules=["up"])).save_pretrained(tmp_path)
+    (tmp_path / CARD_NAME).unlink()
+    model = pruned_net()
+    model.create_or_update_model_card(tmp_path)
+    assert "Sparse training" not in (tmp_path / CARD_NAME).read_text()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"damaged")
+    model.save_pretrained(tmp_path)  # over it
+    assert "## Sparse training" in (tmp_path / CARD_NAME).read_text()
