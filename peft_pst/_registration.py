@@ -1,4 +1,4 @@
-"""Makes PST a method of PEFT. The only file that touches PEFT's mappings.
+"""Makes PST a method of PEFT. The only file that touches PEFT's mappings, or asks for anything when imported.
 
 `peft.utils.register_peft_method` refuses names that are not in PEFT's own enum of methods, but everything else looks a
 method up by equality and hash in three mappings, for which an enum of ours serves as well.
@@ -15,6 +15,8 @@ from peft.utils import PeftType
 
 from .config import PSTConfig, PSTPeftType
 from .model import PSTModel
+from .model_card import keep_section_in_cards
+from .nesting import refuse_tuners_over_pst
 
 OLDEST_PEFT = "0.21.0"  # before, state dicts were matched against PEFT's closed enum
 
@@ -44,3 +46,5 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[key] = PSTConfig
     PEFT_TYPE_TO_TUNER_MAPPING[key] = PSTModel
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = prefix
+    refuse_tuners_over_pst()
+    keep_section_in_cards()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .config import PSTConfig
 from .linear import PSTStoredLinear
 from .module import PSTModule
+from .nesting import check_no_tuner
 from .offloading import offload_hook
 from .plan import ScheduleStatus
 from .sharding import is_sharded
@@ -128,13 +129,18 @@ class PSTHost(nn.Module):
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
         super().__init__()
+        self.module_name = module_name
         self.matrices = nn.ModuleDict()
         self.base_layer = base_layer
-        self.module_name = module_name
         self._kept: dict[str, tuple[object, Tensor]] = {}  # for evaluation: the stacks, and from what
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "base_layer":
+            check_no_tuner(value, self.module_name)
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:

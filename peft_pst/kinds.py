@@ -70,10 +70,7 @@ def _refusal(target: nn.Module) -> str:
     """Why a module cannot be adapted; empty where it can."""
     base: Any = target
     if isinstance(target, BaseTunerLayer):
-        return (
-            f"it already carries a {type(target).__module__} adapter, and PST, which replaces the base weight by a "
-            "masked one, cannot be nested; merge or unload the other adapter first, or exclude the module"
-        )
+        return _nested(target)
     if isinstance(target, nn.modules.conv._ConvTransposeNd):
         return (
             "a transposed convolution stores its weight by input channel, where with groups a row serves only some of "
@@ -94,6 +91,13 @@ def _refusal(target: nn.Module) -> str:
     if not base.weight.dtype.is_floating_point:
         return f"its weight is stored as {base.weight.dtype}; dequantise the model first"
     return _embedding_refusal(target) if isinstance(target, nn.Embedding) else ""
+
+
+def _nested(layer: BaseTunerLayer) -> str:
+    return (
+        f"it already carries a {type(layer).__module__} adapter, and PST, which replaces the base weight by a masked "
+        "one, cannot be nested; merge or unload the other adapter first, or leave this out"
+    )
 
 
 def _embedding_refusal(embedding: nn.Embedding) -> str:
@@ -120,11 +124,13 @@ def check_parameter(module: nn.Module, name: str, path: str) -> None:
         ValueError: Target parameter stem.weight is not supported: Conv1d is adapted as a whole; name it in \
 target_modules.
     """
-    parameter = getattr(module, name)
+    parameter = getattr(module, name, None)
     reason = ""
-    if isinstance(module, (*_ADAPTED, BaseTunerLayer)):
+    if isinstance(module, BaseTunerLayer):
+        reason = _nested(module)
+    elif isinstance(module, _ADAPTED):
         reason = f"{type(module).__name__} is adapted as a whole; name it in target_modules"
-    elif name not in module._parameters:
+    elif parameter is None or name not in module._parameters:
         reason = _COMPUTED
     elif parameter.dim() not in (2, 3):
         reason = f"it has the shape {tuple(parameter.shape)}; a matrix is (out, in), a stack of them (experts, out, in)"

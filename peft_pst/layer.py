@@ -22,7 +22,6 @@ from .fingerprint import fingerprint, identity, optimizer_steps
 from .graph import register_layer, traced_packed_mask
 from .masked_linear import Pruner, effective_weight
 from .masking import check_zeros, count_zeros, pack_mask, unpack_mask
-from .nesting import Place
 from .offloading import (
     at_hand,
     computing_device,
@@ -74,6 +73,7 @@ class PSTLayer(BaseTunerLayer):
     pst_S: nn.ParameterDict  # noqa: N815  # the formula's letter
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+        self.pst_plans: dict[str, LayerPlan] = {}  # first, since it tells a PST layer from another tuner's
         self._hold_base(base_layer)
         self.module_name = module_name
         for name in self.adapter_layer_names:
@@ -81,7 +81,6 @@ class PSTLayer(BaseTunerLayer):
         self.pst_num_pruned = BufferDict(persistent=True)
         self.pst_mask = BufferDict(persistent=True)
         self.pst_positions = BufferDict(persistent=True)
-        self.pst_plans: dict[str, LayerPlan] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.out_features, self.in_features = self._matrix_shape()
@@ -97,7 +96,6 @@ class PSTLayer(BaseTunerLayer):
         self._checked_masks: dict[str, object] = {}  # per adapter: the held mask whose zeros were counted
         self._masked_weight: tuple[object, Tensor] | None = None  # for evaluation: what it was made from, weight
         self._warned_about_hooks = False
-        self.place: Place | None = None  # set by the model that puts the layer in; not copied and not pickled
         self._handle = register_layer(self)
 
     @property
@@ -660,7 +658,6 @@ class PSTLayer(BaseTunerLayer):
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
-        self.check_outermost()
         if self._is_offloaded:
             with onload_layer(self):  # as PEFT's own methods do, which write back what they have merged
                 self.merge(safe_merge, names)
@@ -689,21 +686,6 @@ class PSTLayer(BaseTunerLayer):
             raise ValueError(_broken_message(adapter_names[-1]))
         self._check_zeros(merged, adapter_names)
         return merged
-
-    def check_outermost(self) -> None:
-        """Refuse to go on under the layer of another tuner.
-
-        Raises:
-            ValueError: if another tuner was injected over this layer.
-        """
-        holder = None if self.place is None else self.place.holder_over(self)  # type: ignore[arg-type]
-        if holder is not None:
-            raise ValueError(
-                f"Layer {self.module_name}: a {type(holder).__module__} adapter was put over its PST adapter. Merging "
-                "it would write to the weight below the mask, and unloading it would drop the PST adapter unseen. Give "
-                "it other layers; or merge PST first, train the other adapter on the result, and merge that with "
-                "merge_keeping_zeros()."
-            )
 
     def _check_writable(self) -> None:
         if is_gathered_for_forward(self._base) and not is_sharded(self._stored):

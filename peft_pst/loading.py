@@ -56,6 +56,48 @@ adapter file is damaged or belongs to another model; load the one that was saved
         )
 
 
+def adapted_modules(model: nn.Module, state: Iterable[str]) -> set[str]:
+    """Names of the modules that an adapter's tensors belong to, for `inject_adapter_in_model(state_dict=...)`.
+
+    Args:
+        model: the model to adapt, which may carry adapters already.
+        state: names of the tensors, as `get_peft_model_state_dict` gives them for a model that is not wrapped; other
+            names may be among them.
+
+    Raises:
+        ValueError: if some belong to parameters such as experts, which PEFT adapts by their names alone.
+
+    Example:
+        >>> model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "up": nn.Linear(8, 4)})
+        >>> state = ["attn.matrices.in_proj_weight.0.pst_U", "attn.base_layer.out_proj.pst_U", "up.pst_U", "up.bias"]
+        >>> sorted(adapted_modules(model, state))
+        ['attn', 'up']
+    """
+    names = {name.rpartition(".pst_")[0].removeprefix("_orig_mod.") for name in state if ".pst_" in name}
+    modules = dict(model.named_modules())
+    adapted, parameters = set(), set()
+    for name in names:
+        host, _, parameter = name.partition(".matrices.")
+        holder = host.removesuffix(".base_layer.out_proj")
+        if isinstance(_base_of(modules.get(holder)), nn.MultiheadAttention):
+            adapted.add(holder)
+        elif parameter:
+            parameters.add(f"{host}.{parameter.rpartition('.')[0]}")
+        else:
+            adapted.add(name)
+    if parameters:
+        raise ValueError(
+            f"The state dict holds the adapters of {len(parameters)} parameters, such as {min(parameters)}, and "
+            "parameters are adapted by their names only. Name them in target_parameters, inject without a state_dict, "
+            "and load it with set_peft_model_state_dict()."
+        )
+    return adapted
+
+
+def _base_of(module: nn.Module | None) -> nn.Module | None:
+    return getattr(module, "base_layer", module)
+
+
 def _without_wrappers(name: str) -> str:
     """The name as state dicts have it, where activation checkpointing and FSDP leave theirs out."""
     parts = name.split(".")

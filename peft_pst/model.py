@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from .group_selection import couple
 from .hosts import PSTHost, PSTMultiheadAttention
 from .kinds import check_parameter, kind_of
 from .layer import PSTLayer
-from .loading import check_stored_adapter
-from .nesting import Place, check_not_nested
+from .loading import adapted_modules, check_stored_adapter
+from .nesting import check_not_nested, mark_pruned
 from .plan import LayerPlan, ScheduleStatus
 from .quantised import PSTQuantisedLinear, backend_of, dequantise_the_rest
 from .schedule import cubic_sparsity
@@ -73,7 +73,7 @@ class PSTModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
-            targets = find_block_linears(self.model)
+            targets = find_block_linears(self.model) if self._named is None else sorted(self._named)
             if not targets and not peft_config.target_parameters:
                 raise ValueError(
                     "Please specify `target_modules` in `peft_config`: this model has no linear layers inside numbered "
@@ -146,21 +146,29 @@ class PSTModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
-        if isinstance(new_module, PSTLayer):
-            new_module.place = Place(weakref.ref(parent), child_name)
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         check_not_nested(model, adapter_name)
         super()._pre_injection_hook(model, config, adapter_name)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        # The modules that a state dict names, if there is one, and the keys from which PEFT will read the same names.
+        self._named = None if state_dict is None else adapted_modules(model, state_dict)
+        keys = None if self._named is None else {f"{name}.{self.prefix}": torch.empty(0) for name in self._named}
         # The one object that all layers of the adapter now being injected share.
         self._status = ScheduleStatus()
         self._shared = shared_weights(model)
         with warnings.catch_warnings():
             # PEFT knows no parameters by name; `_warn_about_unmatched_patterns` looks after this pattern too.
             warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, keys)
         names = {name for layer in pst_layers(model) if adapter_name in layer.pst_plans for name in layer.pattern_names}
         _warn_about_unmatched_patterns(self.peft_config[adapter_name], names)
         _prepare_selection(model, adapter_name)
@@ -223,7 +231,18 @@ class PSTModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         self._check_known(adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        pruned = list(self._bases_to_prune(adapter_names or self.active_adapters if merge else ()))
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for base_layer in pruned:
+            mark_pruned(base_layer)
+        return model
+
+    def _bases_to_prune(self, adapter_names: Sequence[str]) -> Iterator[nn.Module]:
+        """The base layers in which these adapters, or those merged already, leave zeros."""
+        for layer in pst_layers(self.model):
+            present = [name for name in {*adapter_names, *layer.merged_adapters} if name in layer.pst_plans]
+            if any(layer.get_num_pruned(name) for name in present):
+                yield layer.get_base_layer()
 
     def _check_known(self, adapter_names: Sequence[str] | None) -> None:
         # PEFT merges nothing for a name that it does not know, and says nothing.

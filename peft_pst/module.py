@@ -32,7 +32,7 @@ class PSTModule(nn.Module, PSTLayer):
     def __getstate__(self) -> dict[str, Any]:
         # What is made from other tensors would bloat a copy or a pickle, and could not be recognised there.
         made = ("_counts", "_checked_positions", "_masks", "_checked_masks")
-        return {**self.__dict__, **{name: {} for name in made}, "_masked_weight": None, "_zeros": None, "place": None}
+        return {**self.__dict__, **{name: {} for name in made}, "_masked_weight": None, "_zeros": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called on a copied or unpickled layer, whose handle would still mean the original.
@@ -46,10 +46,8 @@ class PSTModule(nn.Module, PSTLayer):
         names = self._present(self.active_adapters)
         if self.disable_adapters or self.merged or not names:
             return []
-        if not torch.compiler.is_compiling():
-            self.check_outermost()
-            if not self.training:
-                self._warn_if_never_pruned(names, "Evaluating")
+        if not self.training and not torch.compiler.is_compiling():
+            self._warn_if_never_pruned(names, "Evaluating")
         return names
 
     def _weight_in_force(self, adapter_names: list[str]) -> Tensor:

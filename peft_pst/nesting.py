@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, NamedTuple
+import warnings
+from typing import Any
 
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
+
+from .callers import users_level
 
 
 def check_not_nested(model: nn.Module, adapter_name: str) -> None:
@@ -45,15 +49,54 @@ one another name, remove the old one with delete_adapter() or unload(), or load 
         )
 
 
-class Place(NamedTuple):
-    """Where a layer was put: under which name of which module."""
+_HOOKS: list[RemovableHandle] = []
+_PRUNED = "_pst_pruned"
 
-    parent: weakref.ref[nn.Module]
-    name: str
 
-    def holder_over(self, layer: nn.Module) -> Any:
-        """The layer of another tuner that has taken this place and holds `layer` as its base, or None."""
-        parent = self.parent()
-        holder = None if parent is None else getattr(parent, self.name, None)
-        is_over = isinstance(holder, BaseTunerLayer) and getattr(holder, "base_layer", None) is layer
-        return holder if is_over else None
+def refuse_tuners_over_pst() -> None:
+    """Refuse from now on that another tuner is put over a layer with PST adapters; to ask for it again is harmless.
+
+    PEFT asks nobody before it does so, and another tuner then merges below the mask and, unloading, drops the PST
+    adapter unseen. Only torch knows in time: it tells a hook of its own of every module that becomes part of another.
+    """
+    if not _HOOKS:
+        _HOOKS.append(register_module_module_registration_hook(_look_at_wrapped))
+
+
+def _look_at_wrapped(holder: nn.Module, name: str, module: Any) -> None:
+    if name != "base_layer" or not isinstance(holder, BaseTunerLayer) or hasattr(holder, "pst_plans"):
+        return
+    if hasattr(module, "pst_plans"):
+        raise ValueError(_over_pst(type(holder), module.module_name))
+    if getattr(module, _PRUNED, False):
+        warnings.warn(
+            f"A {type(holder).__module__} adapter is put on weights that PST has pruned. merge_and_unload() would fill "
+            "their zeros; peft_pst.merge_keeping_zeros(model) merges it without.",
+            stacklevel=users_level(),
+        )
+
+
+def mark_pruned(base_layer: nn.Module) -> None:
+    """Remember of a plain module that PST has pruned its weights, to warn where another tuner is put on them.
+
+    Copies and pickles of the model remember it too; a saved checkpoint does not.
+    """
+    setattr(base_layer, _PRUNED, True)
+
+
+def check_no_tuner(module: nn.Module, module_name: str) -> None:
+    """Refuse the layer of another tuner in the place of a module whose parameters PST adapts.
+
+    Raises:
+        ValueError: if it is one.
+    """
+    if isinstance(module, BaseTunerLayer):
+        raise ValueError(_over_pst(type(module), module_name))
+
+
+def _over_pst(tuner: type, module_name: str) -> str:
+    return (
+        f"Layer {module_name}: a {tuner.__module__} adapter cannot be put over its PST adapter: merging it would write "
+        "to the weight below the mask, and unloading it would drop the PST adapter unseen. Give it other layers; or "
+        "merge PST first, train the other adapter on the result, and merge that with merge_keeping_zeros()."
+    )

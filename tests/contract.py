@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract_cases import Case
+from contract_cases import Case, attentive
 from peft import (
     LoraConfig,
     PeftMixedModel,
@@ -78,6 +78,9 @@ def without_warnings() -> Iterator[None]:
         yield
 
 
+MIXTURE = "mixture of experts"
+
+
 def freezes_biases(case: Case) -> bool:
     return case.options.get("bias", "none") == "none"
 
@@ -85,6 +88,10 @@ def freezes_biases(case: Case) -> bool:
 def is_plain(case: Case) -> bool:
     """Whether nothing but the adapted matrices differs from the base."""
     return freezes_biases(case) and "modules_to_save" not in case.options
+
+
+def names_parameters(case: Case) -> bool:
+    return "target_parameters" in case.targets
 
 
 def is_bare(case: Case) -> bool:
@@ -97,15 +104,33 @@ def starts_unchanged(case: Case) -> bool:
 
 
 def is_transformer(case: Case) -> bool:
-    return case.name in ("sequence classifier", "decoder with Conv1D", "encoder and decoder", "feature extraction")
+    return case.name in (
+        "sequence classifier",
+        "decoder with Conv1D",
+        "encoder and decoder",
+        "feature extraction",
+        MIXTURE,
+    )
 
 
 def generates(case: Case) -> bool:
-    return case.name in ("decoder with Conv1D", "encoder and decoder")
+    return case.name in ("decoder with Conv1D", "encoder and decoder", MIXTURE)
 
 
 def zeros(model: torch.nn.Module) -> dict[str, int]:
-    return {name: int((layer.get_masked_weight() == 0).sum()) for name, layer in layers_of(model).items()}
+    """Zeros in force in each adapted matrix, by its name in the base model."""
+    return {la.module_name: int((la.get_masked_weight() == 0).sum()) for la in layers_of(model).values()}
+
+
+def stored_weight(base: torch.nn.Module, name: str) -> torch.Tensor:
+    """The matrix that a layer of this name adapts: a module's weight, a parameter, or one of a stack of them."""
+    path, _, last = name.rpartition(".")
+    if path and not isinstance(owner := base.get_submodule(path.rpartition(".")[0]), torch.nn.ModuleList):
+        stack = getattr(owner, path.rpartition(".")[2])
+        if isinstance(stack, torch.nn.Parameter):
+            return stack[int(last)]
+    found = getattr(base.get_submodule(path), last)
+    return found if isinstance(found, torch.nn.Parameter) else found.weight
 
 
 LIFE = "Life of an adapter"
@@ -163,7 +188,7 @@ def trainable_parts(case: Case) -> tuple[str, ...]:
 def add_and_switch(case: Case, folder: Path) -> None:
     model = case.pruned()
     first = case.outputs(model)
-    model.add_adapter("other", PSTConfig(target_sparsity=0.5, r=1, target_modules=list(case.second)))
+    model.add_adapter("other", case.second_config())
     assert torch.equal(case.outputs(model.eval()), first)
     assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith(".other"))
     model.set_adapter("other")
@@ -184,9 +209,9 @@ def activate_several(case: Case, folder: Path) -> None:
     both, counted = case.outputs(model), zeros(model)
     model.base_model.set_adapter(["other", "default"])
     torch.testing.assert_close(case.outputs(model), both)
-    for name, layer in layers_of(model).items():
+    for layer in layers_of(model).values():
         promised = [layer.get_num_pruned(adapter) for adapter in ("default", "other") if adapter in layer.pst_plans]
-        assert counted[name] >= max(promised)
+        assert counted[layer.module_name] >= max(promised)
     model.base_model.set_adapter(["default", "other"])
     model.merge_adapter()
     assert torch.equal(case.outputs(model), both)
@@ -266,14 +291,13 @@ def merge_chosen(case: Case, folder: Path) -> None:
 )
 def merge_and_unload(case: Case, folder: Path) -> None:
     model = case.pruned()
-    outputs, promised = case.outputs(model), {n: la.get_num_pruned("default") for n, la in layers_of(model).items()}
+    outputs, promised = case.outputs(model), zeros(model)
     classes = [type(module) for module in case.base().modules()]
     merged = model.merge_and_unload()
     assert [type(module) for module in merged.modules()] == classes
     assert torch.equal(case.outputs(merged), outputs)
     for name, count in promised.items():
-        weight = merged.get_submodule(name.removeprefix("base_model.model.")).weight
-        assert int((weight == 0).sum()) == count
+        assert int((stored_weight(merged, name) == 0).sum()) == count
 
 
 @operation(
@@ -327,7 +351,7 @@ def status(case: Case, folder: Path) -> None:
     with model.disable_adapter():
         assert get_model_status(model).enabled is False
     kinds = {status.module_type for status in get_layer_status(model)} - {"ModulesToSaveWrapper"}
-    assert kinds == {"pst.PSTLinear"}
+    assert kinds == {f"pst.{type(layer).__name__}" for layer in layers_of(model).values()}
 
 
 @operation(
@@ -389,7 +413,7 @@ def generate(case: Case, folder: Path) -> None:
     assert torch.equal(model.merge_and_unload().generate(**tokens, **options), cached)
 
 
-TASKS = {"decoder with Conv1D": "CAUSAL_LM", "encoder and decoder": "SEQ_2_SEQ_LM", "sequence classifier": "SEQ_CLS"}
+TASKS = {"decoder with Conv1D": "CAUSAL_LM", MIXTURE: "CAUSAL_LM", "encoder and decoder": "SEQ_2_SEQ_LM"}
 
 
 def has_dropout(model: torch.nn.Module) -> bool:
@@ -493,8 +517,8 @@ def set_state(case: Case, folder: Path) -> None:
 
 @operation(
     STORAGE,
-    "`inject_adapter_in_model`, also with `state_dict=...`",
-    "without a `PeftModel` round it; a state dict alone says which layers",
+    "`inject_adapter_in_model`",
+    "without a `PeftModel` round it",
     only=is_plain,
 )
 def inject(case: Case, folder: Path) -> None:
@@ -506,20 +530,49 @@ def inject(case: Case, folder: Path) -> None:
     late = inject_adapter_in_model(case.config(), case.base(), low_cpu_mem_usage=True)
     set_peft_model_state_dict(late, state, low_cpu_mem_usage=True)
     assert torch.equal(case.outputs(late), case.outputs(model))
-    keys = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
-    layers = {name.removeprefix("base_model.model.") for name in layers_of(model)}
+
+
+@operation(
+    STORAGE,
+    "`inject_adapter_in_model(state_dict=...)`",
+    "the state dict alone says which layers, also of modules that hold several matrices; a configuration that names "
+    "none is filled in",
+    only=lambda case: is_plain(case) and not names_parameters(case),
+)
+def inject_by_state(case: Case, folder: Path) -> None:
+    model = case.pruned()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of PEFT, that configuration and tensors differ
         config = case.config(target_modules=None, layers_to_transform=None, layers_pattern=None)
-        found = inject_adapter_in_model(config, case.base(), state_dict=keys)
-    assert set(layers_of(found)) == layers
+        found = inject_adapter_in_model(config, case.base(), state_dict=unwrapped_state(model))
+    assert set(layers_of(found)) == {name.removeprefix("base_model.model.") for name in layers_of(model)}
+    set_peft_model_state_dict(found, get_peft_model_state_dict(model))
+    assert torch.equal(case.outputs(found.eval()), case.outputs(model))
+    again = inject_adapter_in_model(config, case.base())
+    assert set(layers_of(again)) == set(layers_of(found))
+
+
+@operation(
+    STORAGE,
+    "`inject_adapter_in_model(state_dict=...)` with tensors of `target_parameters`",
+    "PEFT adapts parameters by name only; name them, and set the state dict afterwards",
+    (ValueError, "holds the adapters of 2 parameters, such as model.layers.0.mlp.experts.down_proj"),
+    only=lambda case: names_parameters(case),
+)
+def inject_parameters_by_state(case: Case, folder: Path) -> None:
+    config = case.config(target_parameters=None)
+    inject_adapter_in_model(config, case.base(), state_dict=unwrapped_state(case.pruned()))
+
+
+def unwrapped_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("base_model.model."): t for name, t in get_peft_model_state_dict(model).items()}
 
 
 @operation(
     STORAGE,
     "`get_base_model_state_dict`, `set_base_model_state_dict`",
     "the dense base; while merged, the merged one",
-    only=is_plain,
+    only=lambda case: is_plain(case) and not holds_several(case),
 )
 def base_state(case: Case, folder: Path) -> None:
     model, base = case.pruned(), case.base()
@@ -530,6 +583,25 @@ def base_state(case: Case, folder: Path) -> None:
         {n: t / 2 if t.is_floating_point() else t for n, t in get_base_model_state_dict(model).items()},
         base.state_dict(),
     )
+
+
+@operation(
+    STORAGE,
+    "`set_base_model_state_dict` where attention modules of torch or `target_parameters` are adapted",
+    "PEFT takes their base weights for something else: it reads them with `base_layer` in their names, and finds none "
+    "under their own",
+    (RuntimeError, r"Missing key\(s\) in state_dict"),
+    only=lambda case: holds_several(case),
+)
+def base_state_of_several(case: Case, folder: Path) -> None:
+    model = case.pruned()
+    set_base_model_state_dict(model, get_base_model_state_dict(model))
+    set_base_model_state_dict(model, case.base().state_dict())
+
+
+def holds_several(case: Case) -> bool:
+    """Whether a module that holds several matrices is adapted."""
+    return "attn" in case.targets.get("target_modules", []) or names_parameters(case)
 
 
 @operation(
@@ -566,7 +638,7 @@ def transformers_methods(case: Case, folder: Path) -> None:
     model.disable_adapters()
     assert torch.equal(case.outputs(model), case.outputs(base))
     model.enable_adapters()
-    model.add_adapter(PSTConfig(target_modules=list(case.second)), adapter_name="other")
+    model.add_adapter(case.second_config(), adapter_name="other")
     model.set_adapter(["mine"])
     assert model.active_adapters() == ["mine"]
     assert torch.equal(case.outputs(model.eval()), outputs)
@@ -582,7 +654,7 @@ def transformers_methods(case: Case, folder: Path) -> None:
     only=is_bare,
 )
 def beside_lora(case: Case, folder: Path) -> None:
-    model = get_peft_model(case.base(), PSTConfig(target_modules=list(case.second), target_sparsity=0.5), "sparse")
+    model = get_peft_model(case.base(), case.second_config(), "sparse")
     alone = case.outputs(train_a_little(model).eval())
     base = model.get_base_model()
     inject_adapter_in_model(LoraConfig(target_modules=[case.free], init_lora_weights=False), base, "dense")
@@ -595,7 +667,7 @@ def beside_lora(case: Case, folder: Path) -> None:
     merged = model.merge_and_unload(adapter_names=["sparse", "dense"])
     torch.testing.assert_close(case.outputs(merged), both)
     for name, count in counted.items():
-        assert int((merged.get_submodule(name.removeprefix("base_model.model.")).weight == 0).sum()) == count
+        assert int((stored_weight(merged, name) == 0).sum()) == count
 
 
 @operation(
@@ -605,22 +677,35 @@ def beside_lora(case: Case, folder: Path) -> None:
     (ValueError, "already carries a peft.tuners.lora"),
 )
 def over_lora(case: Case, folder: Path) -> None:
-    model = inject_adapter_in_model(LoraConfig(target_modules=list(case.second)), case.base(), "lora")
-    inject_adapter_in_model(PSTConfig(target_modules=list(case.second)), model, "pst")
+    model = inject_adapter_in_model(LoraConfig(**lora_targets(case)), case.base(), "lora")
+    inject_adapter_in_model(case.config(**lora_targets(case)), model, "pst")
+
+
+def lora_targets(case: Case) -> dict[str, list[str]]:
+    """Something that the case adapts, and LoRA can adapt too: parameters where there are some."""
+    names = case.targets.get("target_parameters", [])
+    return {"target_modules": [] if names else [case.linear], "target_parameters": names}
 
 
 @operation(
     BESIDE,
     "another tuner over a layer that carries PST",
-    "merging it would write below the mask, and unloading it "
-    "would drop the PST adapter: refused at the first forward or merge, since PEFT asks nobody before",
-    (ValueError, "a peft.tuners.lora.layer adapter was put over its PST adapter"),
+    "merging it would write below the mask, and unloading it would drop the PST adapter unseen",
+    (ValueError, "over its PST adapter|is not a valid target"),
 )
 def under_lora(case: Case, folder: Path) -> None:
-    model = case.pruned()
-    target = next(iter(layers_of(model))).removeprefix("base_model.model.")
-    inject_adapter_in_model(LoraConfig(target_modules=[target]), model.get_base_model(), "lora")
-    case.outputs(model)
+    inject_adapter_in_model(LoraConfig(**lora_targets(case)), case.pruned().get_base_model(), "lora")
+
+
+@operation(
+    BESIDE,
+    "another tuner over an attention module of torch that carries PST",
+    "it is an attention module no longer, and the other tuner says so",
+    (ValueError, "(?s)Target module PSTMultiheadAttention.* is not supported"),
+    only=lambda case: case.make is attentive,
+)
+def under_lora_on_attention(case: Case, folder: Path) -> None:
+    inject_adapter_in_model(LoraConfig(target_modules=["attn"]), case.pruned().get_base_model(), "lora")
 
 
 @operation(
@@ -630,7 +715,7 @@ def under_lora(case: Case, folder: Path) -> None:
     (ValueError, "Cannot combine adapters with different peft types"),
 )
 def add_lora(case: Case, folder: Path) -> None:
-    case.pruned().add_adapter("dense", LoraConfig(target_modules=list(case.second)))
+    case.pruned().add_adapter("dense", LoraConfig(target_modules=[case.linear]))
 
 
 @operation(
@@ -657,7 +742,7 @@ def mix(case: Case, folder: Path) -> None:
 def merge_over_zeros(case: Case, folder: Path) -> None:
     def lora() -> PeftModel:
         torch.manual_seed(2)
-        config = LoraConfig(target_modules=list(case.second), init_lora_weights=False)
+        config = LoraConfig(target_modules=[case.linear], init_lora_weights=False)
         return get_peft_model(case.pruned().merge_and_unload(), config)
 
     before = case.pruned().merge_and_unload()
@@ -777,6 +862,10 @@ def rescale(case: Case, folder: Path) -> None:
         pass
 
 
+def more_than_second(case: Case) -> PSTConfig:
+    return case.second_config(target_modules=[*case.second["target_modules"], case.free])
+
+
 @operation(
     REFUSED,
     "an adapter saved for fewer layers",
@@ -784,9 +873,8 @@ def rescale(case: Case, folder: Path) -> None:
     (ValueError, "pst_.* is missing"),
 )
 def fewer_layers(case: Case, folder: Path) -> None:
-    get_peft_model(case.base(), PSTConfig(target_modules=list(case.second))).save_pretrained(folder)
-    targets = [*case.second, case.free]
-    PeftModel.from_pretrained(case.base(), folder, config=PSTConfig(target_modules=targets))
+    get_peft_model(case.base(), case.second_config()).save_pretrained(folder)
+    PeftModel.from_pretrained(case.base(), folder, config=more_than_second(case))
 
 
 @operation(
@@ -796,9 +884,8 @@ def fewer_layers(case: Case, folder: Path) -> None:
     (ValueError, "has no place in adapter 'default' of this model"),
 )
 def more_layers(case: Case, folder: Path) -> None:
-    targets = [*case.second, case.free]
-    get_peft_model(case.base(), PSTConfig(target_modules=targets)).save_pretrained(folder)
-    PeftModel.from_pretrained(case.base(), folder, config=PSTConfig(target_modules=list(case.second)))
+    get_peft_model(case.base(), more_than_second(case)).save_pretrained(folder)
+    PeftModel.from_pretrained(case.base(), folder, config=case.second_config())
 
 
 @operation(

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_models import Net, logits, net, outputs, pruned_net, shake, tiny_gpt2, train_a_little
 from torch import nn
@@ -130,3 +143,45 @@ def test_training_goes_on_through_it() -> None:
     zero = pruned_base().layers[0].up.weight == 0
     assert not again.layers[0].up.weight[zero].any()
     assert int((again.layers[0].up.weight == 0).sum()) == 76
+
+
+OVER_PST = r"Layer layers\.0\.up: a peft\.tuners\.lora\.layer adapter cannot be put over its PST adapter"
+
+
+def test_another_tuner_over_pst_is_refused_before_anything_is_wrapped() -> None:
+    """A copy, and a model that never ran, are no different: there is no such model."""
+    for model in (pruned_net(), copy.deepcopy(pruned_net()), pickle.loads(pickle.dumps(pruned_net()))):
+        expected = outputs(model)
+        with pytest.raises(ValueError, match=OVER_PST):
+            inject_adapter_in_model(LoraConfig(**TARGETS), model.get_base_model(), "lora")
+        with pytest.raises(ValueError, match=OVER_PST):
+            get_peft_model(model.get_base_model(), LoraConfig(**TARGETS), adapter_name="lora")
+        assert torch.equal(outputs(model), expected)
+        assert torch.equal(outputs(model.merge_and_unload()), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_tuner_put_on_what_pst_has_pruned_is_warned_about(copied: Callable[[nn.Module], nn.Module]) -> None:
+    def base() -> Net:
+        return copied(pruned_base())
+
+    with pytest.warns(UserWarning, match="on weights that PST has pruned.*merge_keeping_zeros") as caught:
+        lora = adapted(TUNERS[0], base())
+    assert {warning.filename for warning in caught} == {__file__}
+    expected, kept = merge_keeping_zeros(lora)
+    for model in (copy.deepcopy(adapted(TUNERS[0], base())), adapted(TUNERS[0], copy.deepcopy(base()))):
+        merged, again = merge_keeping_zeros(model)  # before any forward
+        assert again == kept
+        assert torch.equal(outputs(merged), outputs(expected))
+
+
+def test_no_warning_where_nothing_was_pruned() -> None:
+    unloaded = pruned_net().unload()
+    dense = pruned_net(target_sparsity=0.0).merge_and_unload()
+    head = LoraConfig(target_modules=["head"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(unloaded, TUNERS[0])
+        get_peft_model(dense, TUNERS[0])
+        get_peft_model(pruned_base(), head)
+        get_peft_model(pruned_base(), PSTConfig(keep_zeros=True))

@@ -11,7 +11,12 @@ from contract import OPERATIONS, Operation
 from contract_cases import CASES, Case
 
 PAIRS = [
-    pytest.param(operation, case, id=f"{operation.run.__name__}-{case.name}")
+    pytest.param(
+        operation,
+        case,
+        id=f"{operation.run.__name__}-{case.name}",
+        marks=[pytest.mark.slow] if case.slow else [],
+    )
     for operation in OPERATIONS
     for case in CASES
     if operation.applies(case)
