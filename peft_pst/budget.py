@@ -12,10 +12,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .masking import NAN_MESSAGE
+from .masking import NAN_MESSAGE, num_pruned
 
 _HALF = 16
 _BINS = 1 << _HALF
+
+
+class Place(NamedTuple):
+    """Where groups lie that share a sparsity with those of other places.
+
+    Attributes:
+        groups: how many, at least 1.
+        size: entries of each, at least 1.
+    """
+
+    groups: int
+    size: int
 
 
 class Ranked(NamedTuple):
@@ -40,6 +52,54 @@ def most_pruned(groups: int, min_kept: float) -> int:
         (95, 3)
     """
     return groups - max(1, int(min_kept * groups))
+
+
+def shared_budget(places: Iterable[Place], sparsity: float) -> int:
+    """Entries to prune, if all places together reach a sparsity in [0, 1).
+
+    Example:
+        >>> shared_budget([Place(4, 10), Place(6, 10)], 0.25)
+        25
+    """
+    return num_pruned(sum(place.groups * place.size for place in places), sparsity)
+
+
+def shared_reach(places: Sequence[Place], sparsity: float) -> range:
+    """Numbers of zeros that `split_budget` may come to: the budget, less what no whole group fits into.
+
+    Example:
+        >>> shared_reach([Place(4, 10), Place(6, 10)], 0.25)
+        range(16, 26)
+    """
+    budget = shared_budget(places, sparsity)
+    return range(budget - max(place.size for place in places) + 1, budget + 1)
+
+
+def check_reachable(places: Sequence[Place], sparsity: float, min_kept: float, kind: str) -> None:
+    """Refuse a sparsity that what each place keeps puts out of reach, before anything is trained for it.
+
+    Args:
+        places: what shares the sparsity.
+        sparsity: fraction of zeros over all of them, in [0, 1).
+        min_kept: fraction of its groups that each keeps, at least one group.
+        kind: what they are called in the error, such as "matrices".
+
+    Raises:
+        ValueError: naming the highest sparsity.
+
+    Example:
+        >>> check_reachable([Place(4, 1), Place(6, 1)], 0.9, 0.01, "matrices")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: target_sparsity=0.9 cannot be reached over all matrices: ... 0.8 is the most; lower one of the two.
+    """
+    most = sum(most_pruned(place.groups, min_kept) * place.size for place in places)
+    if shared_budget(places, sparsity) > most:
+        weights = sum(place.groups * place.size for place in places)
+        raise ValueError(
+            f"target_sparsity={sparsity} cannot be reached over all {kind}: with min_kept={min_kept} of the groups of "
+            f"each, and one at least, {most / weights:.4g} is the most; lower one of the two."
+        )
 
 
 def split_budget(matrices: Sequence[Ranked], total: int) -> list[int]:

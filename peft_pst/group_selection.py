@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import Projections, find_heads, find_neurons
-from .budget import Ranked, most_pruned, split_budget
+from .budget import Place, Ranked, most_pruned, shared_budget, split_budget
 from .config import PSTConfig
 from .coupling import CoupledGroups, group_masks, group_scores
 from .layer import PSTLayer
@@ -27,8 +27,8 @@ def couple(model: nn.Module, adapter_name: str, layers: Mapping[str, PSTLayer]) 
         layers: by their paths in the model.
 
     Raises:
-        ValueError: if the model has no such groups that are adapted, one is adapted in part, or its matrices have
-            different targets.
+        ValueError: if the model has no such groups that are adapted, one is adapted in part, its matrices have
+            different targets, or two lie in one matrix.
     """
     config = next(iter(layers.values())).pst_plans[adapter_name].config
     pattern = parse_pattern(config.pattern)
@@ -44,7 +44,13 @@ def couple(model: nn.Module, adapter_name: str, layers: Mapping[str, PSTLayer]) 
             )
     for name, layer in layers.items():
         own = [groups for groups in adapted if name in groups.modules]
-        layer.pst_plans[adapter_name] = layer.pst_plans[adapter_name].coupled_by(own, name)
+        if len(own) > 1:
+            places = " and the ".join(f"{groups.kind} of {groups.name}" for groups in own)
+            raise ValueError(
+                f"Layer {name} holds the {places}; a matrix can hold the groups of one place only. Name other "
+                "projections, or prune one kind alone."
+            )
+        layer.pst_plans[adapter_name] = layer.pst_plans[adapter_name].coupled_by(own[0] if own else None, name)
 
 
 def _find(model: nn.Module, kind: str, config: PSTConfig) -> list[CoupledGroups]:
@@ -84,9 +90,9 @@ def entries(groups: CoupledGroups, module: str | None = None) -> int:
     )
 
 
-def weights(coupled: Sequence[CoupledGroups]) -> int:
-    """Weights of all groups of all places."""
-    return sum(entries(groups) * groups.num_groups for groups in coupled)
+def places(coupled: Sequence[CoupledGroups]) -> list[Place]:
+    """How many groups lie where, and how large they are."""
+    return [Place(groups.num_groups, entries(groups)) for groups in coupled]
 
 
 def mean_scores(groups: CoupledGroups, layers: Mapping[str, PSTLayer], adapter_name: str, by: Criterion) -> Tensor:
@@ -137,21 +143,7 @@ def _counts(coupled: Sequence[CoupledGroups], scores: Sequence[Tensor], sparsity
         Ranked(partial(list, [own]), entries(groups), most_pruned(groups.num_groups, min_kept))
         for groups, own in zip(coupled, scores, strict=True)
     ]
-    return split_budget(ranked, num_pruned(weights(coupled), sparsity))
-
-
-def check_groups_reachable(coupled: Sequence[CoupledGroups], min_kept: float, sparsity: float) -> None:
-    """Refuse a sparsity that what each place keeps of its groups puts out of reach.
-
-    Raises:
-        ValueError: naming the highest sparsity.
-    """
-    most = sum(entries(groups) * most_pruned(groups.num_groups, min_kept) for groups in coupled)
-    if len(coupled) > 1 and num_pruned(weights(coupled), sparsity) > most:
-        raise ValueError(
-            f"target_sparsity={sparsity} cannot be reached over all {coupled[0].kind}: with min_kept={min_kept} of "
-            f"each layer, and one at least, {most / weights(coupled):.4g} is the most; lower one of the two."
-        )
+    return split_budget(ranked, shared_budget(places(coupled), sparsity))
 
 
 def group_changes(groups: CoupledGroups, selected: tuple[int, Tensor]) -> Iterator[tuple[str, Change]]:

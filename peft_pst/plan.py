@@ -52,7 +52,7 @@ class LayerPlan:
     num_parts: int
     target_sparsity: float
     shares_target: bool  # whether the target is one that several matrices reach together
-    groups: tuple[CoupledGroups, ...]  # heads or neurons that lie in the matrix
+    groups: CoupledGroups | None  # heads or neurons that lie in the matrix
     r: int
     residual: int
     score_rank: int
@@ -81,7 +81,7 @@ class LayerPlan:
             size=pattern.size(part),
             num_parts=num_parts,
             shares_target=config.scope == "global" and not own_target,
-            groups=(),
+            groups=None,
             target_sparsity=resolve(config.sparsity_pattern, config.target_sparsity),
             r=resolve(config.rank_pattern, config.r),
             residual=resolve(config.residual_pattern, config.residual),
@@ -119,14 +119,14 @@ class LayerPlan:
         """Whether masks are selected over several matrices, if the matrix is pruned at all."""
         return isinstance(self.pattern, Coupled)
 
-    def coupled_by(self, groups: Sequence[CoupledGroups], module_name: str) -> LayerPlan:
+    def coupled_by(self, groups: CoupledGroups | None, module_name: str) -> LayerPlan:
         """The same plan for a matrix in which these groups lie, or which stays dense if there are none."""
-        if not groups:
+        if groups is None:
             return replace(self, target_sparsity=0.0)
-        parts = [part for coupled in groups for part in coupled.parts if part.module == module_name]
+        parts = [part for part in groups.parts if part.module == module_name]
         lines = math.gcd(*(number for part in parts for number in (part.width, part.start)))
         size = (lines, self.shape[1]) if parts[0].axis == 0 else (self.shape[0], lines)
-        return replace(self, groups=tuple(groups), size=size)
+        return replace(self, groups=groups, size=size)
 
     def counts_at(self, sparsity: float) -> tuple[int, ...]:
         """How many entries of each part are zero at a sparsity."""

@@ -418,12 +418,9 @@ def _zeros_at_target(pairs: Sequence[tuple[PSTLayer, list[str]]]) -> dict[Pair, 
 
 def _own_zeros_at_target(layer: PSTLayer, adapter_name: str) -> int:
     plan = layer.pst_plans[adapter_name]
-    if not plan.groups:
+    if plan.groups is None:
         return sum(layer.counts_at(adapter_name, plan.target_sparsity))
-    return sum(
-        num_pruned(groups.num_groups, plan.target_sparsity) * entries(groups, layer.module_name)
-        for groups in plan.groups
-    )
+    return num_pruned(plan.groups.num_groups, plan.target_sparsity) * entries(plan.groups, layer.module_name)
 
 
 def _count_adapter_parameters(model: nn.Module, adapter_name: str) -> int:

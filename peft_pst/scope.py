@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
 from torch import Tensor
 
-from .budget import Ranked, most_pruned, split_budget
+from .budget import Place, Ranked, most_pruned, shared_budget, split_budget
 from .layer import PSTLayer
-from .masking import num_pruned
 from .plan import Criterion
 
 Pair = tuple[PSTLayer, str]  # a layer, and the name of an adapter on it
@@ -34,37 +34,30 @@ def shared_counts(pairs: Sequence[Pair], sparsity: float, by: Criterion = "score
         ValueError: if the parts keep so many that the sparsity cannot be reached, or a score is NaN.
     """
     ranked = list(_ranked(pairs, by))
-    total = num_pruned(sum(layer.num_weights for layer, _ in pairs), sparsity)
-    groups = iter(split_budget(ranked, total))
+    groups = iter(split_budget(ranked, shared_budget(places(pairs), sparsity)))
     sizes = iter(matrix.size for matrix in ranked)
     return [tuple(next(groups) * next(sizes) for _ in range(layer.pst_plans[name].num_parts)) for layer, name in pairs]
 
 
-def check_reachable(pairs: Sequence[Pair], sparsity: float) -> None:
-    """Refuse a target that what each matrix keeps puts out of reach, before anything is trained for it.
+def places(pairs: Sequence[Pair]) -> list[Place]:
+    """Every part of every matrix."""
+    return [_place(layer, name) for layer, name in pairs for _ in range(layer.pst_plans[name].num_parts)]
 
-    Raises:
-        ValueError: naming the highest sparsity.
-    """
-    weights = sum(layer.num_weights for layer, _ in pairs)
-    most = sum(matrix.most * matrix.size for matrix in _ranked(pairs, "scores"))
-    if num_pruned(weights, sparsity) > most:
-        min_kept = pairs[0][0].pst_plans[pairs[0][1]].config.min_kept
-        raise ValueError(
-            f"target_sparsity={sparsity} cannot be reached over all matrices: with min_kept={min_kept} of each, and "
-            f"one group at least, {most / weights:.4g} is the most; lower one of the two."
-        )
+
+def _place(layer: PSTLayer, name: str) -> Place:
+    """One part of a matrix."""
+    plan = layer.pst_plans[name]
+    size = math.prod(plan.size)
+    return Place(math.prod(plan.shape) // size, size)
 
 
 def _ranked(pairs: Sequence[Pair], by: Criterion) -> Iterator[Ranked]:
-    """Every part of every matrix."""
     for layer, name in pairs:
-        plan = layer.pst_plans[name]
-        size = plan.size[0] * plan.size[1]
-        most = most_pruned(plan.shape[0] * plan.shape[1] // size, plan.config.min_kept)
+        plan, place = layer.pst_plans[name], _place(layer, name)
+        most = most_pruned(place.groups, plan.config.min_kept)
         for start in range(0, layer.out_features, plan.shape[0]):
             rows = slice(start, start + plan.shape[0])
-            yield Ranked(partial(_comparable_scores, layer, name, rows, by), size, most)
+            yield Ranked(partial(_comparable_scores, layer, name, rows, by), place.size, most)
 
 
 def _comparable_scores(layer: PSTLayer, adapter_name: str, rows: slice, by: Criterion) -> Iterator[Tensor]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from . import group_selection, scope
+from .budget import check_reachable, shared_reach
 from .coupling import CoupledGroups
-from .group_selection import check_groups_reachable, entries, group_changes, select_groups, weights
+from .group_selection import group_changes, select_groups
 from .masking import num_pruned
 from .plan import Change, Criterion, LayerPlan
-from .scope import Pair, check_reachable, shared_counts
+from .scope import Pair, shared_counts
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,11 @@ class Unit:
     """Layers, each with an adapter on it, that are brought to a sparsity together; here, of one layer.
 
     Attributes:
-        pairs: the layers, at least one.
+        pairs: the layers, at least one, each once.
         sparsity: fraction of zeros over all of them, in [0, 1).
     """
 
-    pairs: list[Pair]
+    pairs: tuple[Pair, ...]
     sparsity: float
 
     @property
@@ -33,7 +35,10 @@ class Unit:
 
     @property
     def reach(self) -> range:
-        """Numbers of zeros that the sparsity may come to: more than one where whole groups share a budget."""
+        """Numbers of zeros that the sparsity may come to: more than one where whole groups share a budget.
+
+        Which one it is depends on the scores, so a number within reach may be a group short of what they now give.
+        """
         return _exactly(sum(sum(layer.counts_at(name, self.sparsity)) for layer, name in self.pairs))
 
     @property
@@ -63,14 +68,13 @@ class SharedUnit(Unit):
 
     @property
     def reach(self) -> range:
-        budget = num_pruned(sum(layer.num_weights for layer, _ in self.pairs), self.sparsity)
-        largest = max(math.prod(layer.pst_plans[name].size) for layer, name in self.pairs)
+        budgeted = shared_reach(scope.places(self.pairs), self.sparsity)
         # Zeros that stay whatever the scores may come on top of the budget.
         kept_zeros = sum(sum(layer.counts_at(name, 0.0)) for layer, name in self.pairs)
-        return range(budget - largest + 1, budget + kept_zeros + 1)
+        return range(budgeted.start, budgeted.stop + kept_zeros)
 
     def check(self) -> None:
-        check_reachable(self.pairs, self.sparsity)
+        check_reachable(scope.places(self.pairs), self.sparsity, self.plan.config.min_kept, "matrices")
 
     def prepare(self, by: Criterion = "scores") -> list[tuple[*Pair, Change]]:
         counts = shared_counts(self.pairs, self.sparsity, by)
@@ -88,17 +92,19 @@ class GroupUnit(Unit):
         coupled: the groups that lie in them.
     """
 
-    coupled: list[CoupledGroups]
+    coupled: tuple[CoupledGroups, ...]
 
     @property
     def reach(self) -> range:
-        if len(self.coupled) == 1:
-            return _exactly(num_pruned(self.coupled[0].num_groups, self.sparsity) * entries(self.coupled[0]))
-        budget = num_pruned(weights(self.coupled), self.sparsity)
-        return range(budget - max(map(entries, self.coupled)) + 1, budget + 1)
+        places = group_selection.places(self.coupled)
+        if len(places) > 1:
+            return shared_reach(places, self.sparsity)
+        return _exactly(num_pruned(places[0].groups, self.sparsity) * places[0].size)
 
     def check(self) -> None:
-        check_groups_reachable(self.coupled, self.plan.config.min_kept, self.sparsity)
+        if len(self.coupled) > 1:
+            places, kind = group_selection.places(self.coupled), self.coupled[0].kind
+            check_reachable(places, self.sparsity, self.plan.config.min_kept, kind)
 
     def prepare(self, by: Criterion = "scores") -> list[tuple[*Pair, Change]]:
         adapter_name = self.pairs[0][1]
@@ -115,19 +121,29 @@ def _exactly(count: int) -> range:
 
 
 def units(planned: Iterable[tuple[*Pair, float]]) -> Iterator[Unit]:
-    """Put layers together that are selected at once, given each with an adapter and its sparsity."""
-    joint: dict[tuple[str, ...], Unit] = {}
+    """Put layers together that are selected at once, given each with an adapter and its sparsity.
+
+    Where a pattern couples matrices, those in which none of its groups lie stay dense, whatever their sparsity.
+    """
+    shared: defaultdict[str, list[Pair]] = defaultdict(list)
+    coupled: defaultdict[tuple[str, ...], list[tuple[Pair, CoupledGroups]]] = defaultdict(list)
+    sparsities: dict[object, float] = {}
     for layer, name, sparsity in planned:
         plan = layer.pst_plans[name]
-        for groups in plan.groups:
-            key = (name, groups.kind) if plan.shares_target else (name, groups.kind, groups.name)
-            unit = joint.setdefault(key, GroupUnit([], sparsity, []))
-            assert isinstance(unit, GroupUnit)
-            unit.pairs.append((layer, name))
-            if groups not in unit.coupled:
-                unit.coupled.append(groups)
-        if not plan.groups and plan.shares_target and not plan.is_coupled:
-            joint.setdefault((name,), SharedUnit([], sparsity)).pairs.append((layer, name))
-        elif not plan.groups:
-            yield Unit([(layer, name)], sparsity)
-    yield from joint.values()
+        if plan.groups is not None:
+            kind, place = plan.groups.kind, plan.groups.name
+            key: tuple[str, ...] = (name, kind) if plan.shares_target else (name, kind, place)
+            coupled[key].append(((layer, name), plan.groups))
+            sparsities.setdefault(key, sparsity)
+        elif plan.is_coupled:
+            yield Unit(((layer, name),), 0.0)
+        elif plan.shares_target:
+            shared[name].append((layer, name))
+            sparsities.setdefault(name, sparsity)
+        else:
+            yield Unit(((layer, name),), sparsity)
+    for name, pairs in shared.items():
+        yield SharedUnit(tuple(pairs), sparsities[name])
+    for key, members in coupled.items():
+        each_once = dict.fromkeys(groups for _, groups in members)
+        yield GroupUnit(tuple(pair for pair, _ in members), sparsities[key], tuple(each_once))

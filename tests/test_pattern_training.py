@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -78,8 +80,19 @@ def check_coupled(model: nn.Module, pattern: str, target: float, zeros: dict[str
         assert module in seen or not own.any(), module
 
 
-@pytest.mark.parametrize("name", BASES)
-@pytest.mark.parametrize("pattern", [*MATRIX_PATTERNS, *COUPLED])
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        *itertools.product([*MATRIX_PATTERNS, *COUPLED], ["bert"]),
+        *itertools.product(COUPLED, ["gpt2", "llama"]),
+        ("4x4", "gpt2"),  # whose weights are stored transposed
+        *(
+            pytest.param(pattern, name, marks=pytest.mark.slow)
+            for pattern, name in itertools.product(MATRIX_PATTERNS, ["gpt2", "llama"])
+            if (pattern, name) != ("4x4", "gpt2")
+        ),
+    ],
+)
 def test_trained_saved_loaded_and_merged(name: str, pattern: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
     options = {} if ":" in pattern else {"target_sparsity": 0.5}
     model = get_peft_model(BASES[name](), PSTConfig(pattern=pattern, r=2, score_rank=2, **options))
@@ -126,6 +139,41 @@ def test_coupled_scores_are_means_in_units_of_each_matrix() -> None:
         dropped = scores.argsort()[: len(scores) // 2].sort().values
         mask = layers[f"{stem}.intermediate.dense"].get_mask("default")
         assert torch.equal((~mask[:, 0]).nonzero().squeeze(1), dropped)
+
+
+@pytest.mark.parametrize("by", ["scores", "weights", "update"])
+def test_pruning_once_drops_heads_and_leaves_what_holds_none_dense(by: str) -> None:
+    model = get_peft_model(tiny_llama(), PSTConfig.dsee(pattern="heads", r=2, residual=5))
+    train(model, steps=3)
+    prune_once(model, 0.5, by=by)
+    layers = {layer.module_name: layer for layer in layers_of(model).values()}
+    for heads in find_heads(model):
+        scores = torch.zeros(heads.num_groups)
+        for part in heads.parts:
+            layer = layers[part.module]
+            update = layer.get_update("default").detach()
+            base = layer.get_base_layer().weight.detach()
+            ranked = {"scores": base + update, "weights": base, "update": update}[
+                by
+            ].abs() / base.square().mean().sqrt()
+            for head in range(heads.num_groups):
+                lines = slice(part.start + head * part.width, part.start + (head + 1) * part.width)
+                scores[head] += (ranked[lines] if part.axis == 0 else ranked[:, lines]).sum()
+        keep = scores > scores.min()  # two heads of keys and values, of which one goes
+        for module, mask in group_masks(heads, keep).items():
+            assert torch.equal(layers.pop(module).get_mask("default"), mask)
+    assert layers  # the feed-forwards
+    assert not any(layer.get_num_pruned("default") for layer in layers.values())
+
+
+def test_a_matrix_in_two_places_is_refused() -> None:
+    block = nn.ModuleDict({"up": nn.Linear(8, 12), "down": nn.Linear(12, 8), "other": nn.Linear(12, 8)})
+    named = [{"inputs": ["up"], "output": output} for output in ("down", "other")]
+    config = PSTConfig(pattern="neurons", target_sparsity=0.5, projections={"neurons": named})
+    with pytest.raises(
+        ValueError, match=r"layers.0.up holds the neurons of layers.0 and the neurons of layers.0; a ma"
+    ):
+        get_peft_model(nn.ModuleDict({"layers": nn.ModuleList([block])}), config)
 
 
 def test_coupled_groups_under_one_budget_are_held_once_they_reach_it() -> None:
@@ -247,7 +295,7 @@ def test_zeros_of_the_base_under_a_pattern() -> None:
         update_sparsity(get_peft_model(merged, PSTConfig(pattern="3:4", keep_zeros=True)), 1, 9)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "neurons"])
+@pytest.mark.parametrize("pattern", [pytest.param("2:4", marks=pytest.mark.slow), "neurons"])
 def test_a_trainer_resumes_in_mid_ramp(pattern: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
     data = [{"input_ids": row, "labels": label} for row, label in zip(TOKENS.repeat(8, 1), [0, 2] * 8, strict=True)]
 
