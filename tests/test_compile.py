@@ -39,7 +39,7 @@ def batches() -> list[torch.Tensor]:
     return list(torch.randn(12, 8, 24, generator=torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("interval", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_training_is_one_graph_with_the_eager_numbers(backend, interval, batches):
     torch._dynamo.reset()

@@ -39,7 +39,7 @@ def make_report(blocks, missed=(), target=0.9, kinds=("attn.q", "mlp.up")):
     return SparsityReport("tiny", tuple(rows))
 
 
-@pytest.mark.parametrize("blocks", [1, 6, 150])
+@pytest.mark.parametrize("blocks", [1, 6, pytest.param(150, marks=pytest.mark.slow)])
 def test_more_sparsity_is_more_blue_and_misses_stand_out(tmp_path, blocks):
     shares = []
     for target in (0.3, 0.9):

@@ -120,6 +120,7 @@ assert type(again.base_model) is peft_pst.PSTModel
 """
 
 
+@pytest.mark.slow
 def test_a_new_process_gives_the_same_logits_bit_for_bit(tmp_path: Path) -> None:
     """Saved in mid-schedule: loaded by path, by AutoPeft, pickled whole, and merged."""
     base = tiny_bert()

@@ -45,7 +45,9 @@ def settings(settings_file: Path) -> Settings:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("method", "precision"), [("pst", "bf16"), ("magnitude", "float32")])
+@pytest.mark.parametrize(
+    ("method", "precision"), [("pst", "bf16"), pytest.param("magnitude", "float32", marks=pytest.mark.slow)]
+)
 def test_one_seed_twice_gives_the_same_result(settings: Settings, data: Path, method: str, precision: str) -> None:
     run = a_run(settings, data, method)
     run = replace(run, training=replace(run.training, precision=precision))  # type: ignore[arg-type]

@@ -65,6 +65,7 @@ def test_every_method_is_measured_and_no_product_leaves_a_gradient(benchmark):
     assert all(parameter.grad is None for parameter in products.model.parameters())
 
 
+@pytest.mark.slow
 def test_scaling_is_written_and_drawn(benchmark, tmp_path, monkeypatch):
     some = {"methods": ["full", "ours"]}
     monkeypatch.setattr(benchmark, "SCALING", {"width": ((64, 128), some), "mask_interval": ((1, 2), some)})
