@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
-.PHONY: demo test test-slow test-gpu test-oldest test-integrations test-kernels compatibility benchmark benchmark-inference scale results check clean
+.PHONY: demo test test-slow test-gpu test-oldest test-integrations test-kernels compatibility benchmark benchmark-inference sizes scale results check clean
 
 demo: $(VENV)/demo.stamp  ## fine-tune, prune, merge and reload a real model on real data (about four minutes)
 	$(BIN)/peft-pst demo
@@ -42,6 +42,9 @@ benchmark: $(VENV)/test.stamp  ## what a training step costs, on an otherwise id
 	$(COST) --layers 1 --methods products full ours --no-memory --repeats 7
 	$(COST) --layers 1 --methods products full ours --no-memory --accumulate 8 --repeats 3
 	$(COST) --precision bf16 --scaling --repeats 3
+
+sizes: $(VENV)/test.stamp  ## what compact files of a model of BERT-base's shape take (under a minute)
+	$(BIN)/python benchmarks/compact_sizes.py --output benchmarks/results/compact_sizes
 
 scale: $(VENV)/test.stamp  ## the formula of docs/scale.md against this machine, and what it predicts (two minutes)
 	$(BIN)/python benchmarks/scale.py --output benchmarks/results/scale
