@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.cost.memory import resident
-from benchmarks.cost.methods import METHODS, Run, base_model, synchronize
+from benchmarks.cost.methods import METHODS, Run, base_model, synchronize, with_method
 from benchmarks.cost.quantisation import QUANTISATIONS, quantise_linears
 from benchmarks.scale import SCRATCH, Layer, Llama
 from benchmarks.training_cost import setting
@@ -35,6 +35,8 @@ from peft_pst.json_file import write_json
 
 PLAIN = "not quantised"
 COMPARED = ("lora", "ours")
+# By name, since HQQ's layers are no `nn.Linear`.
+TARGETS = [f"self_attn.{letter}_proj" for letter in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 STEPS = 2
 
 
@@ -90,7 +92,7 @@ def quantised_base(options: argparse.Namespace) -> nn.Module:
 
 def train(base: nn.Module, options: argparse.Namespace) -> tuple[nn.Module, int]:
     """The model after a few steps, and the peak of the last of them."""
-    run = Run(options.method, options, base)
+    run = Run(options.method, options, with_method(base, options.method, options, TARGETS))
     run.step()
     synchronize(options.device)
     if options.device == "cuda":
@@ -146,9 +148,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="that the layers compute in")
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=5632)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=256, help="a sequence")
+    parser.add_argument("--tokens", type=int, default=128, help="a sequence")
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
     installed = [how for how in QUANTISATIONS if importlib.util.find_spec(how.split("-")[0])]

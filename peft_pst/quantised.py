@@ -48,12 +48,20 @@ def _unknown_quantisation() -> Any:
 
 def dequantised(backend: QuantizationBackend, module: Any) -> Tensor:
     """The weight of a quantised linear layer, (out, in), in the precision that the layer computes in."""
-    quant_state = getattr(getattr(module, "weight", None), "quant_state", None)
-    if getattr(quant_state, "packing_format_for_cpu", False):
-        # bitsandbytes has packed the weight for a kernel of its own, which it undoes to save it, and PEFT does not.
-        module.state_dict()
+    _undo_packing(module)
     weight = backend.get_base_weight(module).detach()
     return weight.to(getattr(module, "compute_dtype", None) or weight.dtype)
+
+
+def _undo_packing(module: Any) -> None:
+    """Give a 4-bit layer back the layout in which it is dequantised, if bitsandbytes packed it for a CPU's kernel."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        module.state_dict()  # bitsandbytes unpacks a weight to save it
+        state = module.weight.quant_state
+    if state is not None and state.absmax.dim() == 2:
+        # And leaves the scales as the kernel has them, a column a row; packed once more, they would be beyond repair.
+        state.absmax = state.absmax.T.reshape(-1).float()
 
 
 @torch.no_grad()
@@ -170,15 +178,18 @@ class PSTQuantisedLinear(PSTLinear):
         assert self.quantization_backend is not None
         assert self._before_merge is not None
         own = self._before_merge[0]
-        attributes = {id(weight): dict(weight.__dict__) for weight in own._parameters.values() if weight is not None}
-        self.base_layer = _twin(own)
+        weights = [weight for weight in own._parameters.values() if weight is not None]
+        attributes = [dict(weight.__dict__) for weight in weights]
+        self.base_layer = twin = _twin(own)
+        for weight in weights:
+            if getattr(weight, "module", None) is own:
+                weight.module = twin  # for the new one, which otherwise would keep the whole layer before it alive
         try:
             self.quantization_backend.set_base_weight(self, values)
         finally:
-            for weight in own._parameters.values():  # bitsandbytes' 4-bit backend marks the weight that it replaces
-                if weight is not None:
-                    weight.__dict__.clear()
-                    weight.__dict__.update(attributes[id(weight)])
+            for weight, before in zip(weights, attributes, strict=True):  # bitsandbytes' 4-bit backend marks it
+                weight.__dict__.clear()
+                weight.__dict__.update(before)
         self._check_zeros_kept(values)
 
     def _check_zeros_kept(self, values: Tensor) -> None:
@@ -215,6 +226,7 @@ def _twin(module: nn.Module) -> nn.Module:
     twin = copy.copy(module)
     for name in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[name] = dict(module.__dict__[name])
+    twin.__dict__.pop("extra_repr", None)  # torchao's, bound to the module; it gives the twin one, too
     if "state" in module.__dict__:  # what bitsandbytes keeps of an 8-bit weight
         twin.__dict__["state"] = copy.copy(module.__dict__["state"])
     return twin

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +62,13 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.other(torch.tanh(self.adapted(x)))
+
+
+def dense_weight(model: nn.Module, name: str) -> Tensor:
+    module = model.get_submodule(name)
+    backend = peft_pst.quantised.backend_of(model, module)
+    assert backend is not None
+    return peft_pst.quantised.dequantised(backend, module)
 
 
 X = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
@@ -159,6 +168,37 @@ def test_merging_quantises_again_with_every_zero_in_its_place(quantise: Callable
     assert relative_error(output(merged), before) <= 0.15
 
 
+@those_that_keep_zeros
+def test_the_base_is_let_go_once_unloaded(quantise: Callable) -> None:
+    model = sparse(quantise)
+    base = weakref.ref(model.base_model.model.adapted.get_base_layer())
+    merged = model.merge_and_unload()
+    del model
+    gc.collect()
+    assert base() is None, f"kept alive by {merged}"
+
+
+def bitsandbytes_fp4(linear: nn.Linear) -> nn.Module:
+    import bitsandbytes
+
+    sizes = linear.in_features, linear.out_features
+    quantised = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=torch.float32, compress_statistics=False)
+    quantised.load_state_dict(linear.state_dict())
+    return quantised.to("cpu")
+
+
+@pytest.mark.parametrize("quantise", [needs("bitsandbytes", bitsandbytes_nf4), needs("bitsandbytes", bitsandbytes_fp4)])
+def test_scales_survive_the_packing_for_a_kernel_of_the_cpu(quantise: Callable) -> None:
+    model = sparse(quantise)
+    (layer,) = layers_of(model).values()
+    weight, before = layer.get_dense_weight(), output(model)
+    for _ in range(2):
+        with model.disable_adapter():
+            output(model)  # the layer itself runs, and bitsandbytes packs it where the CPU has bfloat16
+        assert relative_error(layer.get_dense_weight(), weight) <= 4e-3, "the scales are rounded"
+    assert relative_error(output(model), before) <= 0.02
+
+
 @every_quantisation
 def test_a_dense_result_is_exact(quantise: Callable) -> None:
     model = sparse(quantise)
@@ -248,6 +288,13 @@ def test_a_model_that_transformers_quantised(package: str, options: dict[str, ob
     for layer in layers_of(model).values():
         assert not layer.get_stored_weight()[~masks[layer.module_name]].any()
     model.unmerge_adapter()
+    requantised = copy.deepcopy(model).merge_and_unload()
+    requantised.save_pretrained(tmp_path / "requantised")
+    reloaded = LlamaForCausalLM.from_pretrained(tmp_path / "requantised", device_map="cpu")
+    for name, mask in masks.items():
+        stored, loaded = (dense_weight(other, name) for other in (requantised, reloaded))
+        assert torch.equal(loaded, stored)
+        assert not loaded[~mask].any()
     with torch.no_grad():
         before = model(tokens).logits
     merged = model.merge_and_unload(dequantize=True)

@@ -71,13 +71,19 @@ def base_model(options: argparse.Namespace) -> nn.Module:
     return model.to(options.device, dtype)
 
 
-def with_method(base: nn.Module, method: str, options: argparse.Namespace) -> nn.Module:
-    targets = find_block_linears(base)
+def with_method(
+    base: nn.Module, method: str, options: argparse.Namespace, targets: list[str] | None = None
+) -> nn.Module:
+    targets = targets or find_block_linears(base)
     if method == "lora":
         return get_peft_model(base, LoraConfig(r=RANK, target_modules=targets))
     if method == "ours":
         config = PSTConfig(
-            r=RANK, score_rank=RANK, target_sparsity=options.sparsity, mask_interval=options.mask_interval
+            r=RANK,
+            score_rank=RANK,
+            target_modules=targets,
+            target_sparsity=options.sparsity,
+            mask_interval=options.mask_interval,
         )
         return get_peft_model(base, config)
     if method == "autograd":
@@ -91,9 +97,9 @@ def with_method(base: nn.Module, method: str, options: argparse.Namespace) -> nn
 class Run:
     """One method's model, optimizer and step."""
 
-    def __init__(self, method: str, options: argparse.Namespace, base: nn.Module | None = None) -> None:
+    def __init__(self, method: str, options: argparse.Namespace, model: nn.Module | None = None) -> None:
         self.method, self.options = method, options
-        self.model = with_method(base_model(options) if base is None else base, method, options).train()
+        self.model = (with_method(base_model(options), method, options) if model is None else model).train()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trained = 0 if method == "products" else sum(parameter.numel() for parameter in trained)
         self.optimizer = self._optimizer(trained)

@@ -27,14 +27,15 @@ def bitsandbytes_int8(linear: nn.Linear) -> nn.Module:
 
 
 def bitsandbytes_nf4(linear: nn.Linear) -> nn.Module:
-    """4 bits a weight and a scale for every 64, as in QLoRA; it computes in the precision that the layer had."""
+    """4 bits a weight, a scale in 8 bits for every 64, as in QLoRA; it computes in the precision that the layer had."""
     import bitsandbytes
 
     sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
     quantised = bitsandbytes.nn.Linear4bit(
         *sizes, bias=linear.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta"
     )
-    quantised.weight = bitsandbytes.nn.Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4")
+    weight, options = linear.weight.detach(), {"quant_type": "nf4", "module": quantised}
+    quantised.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **options)
     quantised.bias = linear.bias
     return quantised.to(linear.weight.device)
 
