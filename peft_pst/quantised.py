@@ -178,7 +178,7 @@ class PSTQuantisedLinear(PSTLinear):
         assert self.quantization_backend is not None
         assert self._before_merge is not None
         own = self._before_merge[0]
-        weights = [weight for weight in own._parameters.values() if weight is not None]
+        weights: list[Any] = [weight for weight in own._parameters.values() if weight is not None]
         attributes = [dict(weight.__dict__) for weight in weights]
         self.base_layer = twin = _twin(own)
         for weight in weights:
