@@ -159,16 +159,19 @@ class PSTModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        # The modules that a state dict names, if there is one, and the keys from which PEFT will read the same names.
-        self._named = None if state_dict is None else adapted_modules(model, state_dict)
-        keys = None if self._named is None else {f"{name}.{self.prefix}": torch.empty(0) for name in self._named}
+        # The modules that a state dict names, and the keys from which PEFT reads them.
+        self._named: set[str] | None = None
+        config: Any = self.peft_config[adapter_name]
+        if state_dict is not None and not config.target_parameters:  # which PEFT refuses itself
+            self._named = adapted_modules(model, state_dict)
+            state_dict = {f"{name}.{self.prefix}": torch.empty(0) for name in self._named}
         # The one object that all layers of the adapter now being injected share.
         self._status = ScheduleStatus()
         self._shared = shared_weights(model)
         with warnings.catch_warnings():
             # PEFT knows no parameters by name; `_warn_about_unmatched_patterns` looks after this pattern too.
             warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, keys)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         names = {name for layer in pst_layers(model) if adapter_name in layer.pst_plans for name in layer.pattern_names}
         _warn_about_unmatched_patterns(self.peft_config[adapter_name], names)
         _prepare_selection(model, adapter_name)

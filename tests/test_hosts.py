@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import oracle
@@ -14,6 +15,7 @@ from peft import PeftModel, get_peft_model
 from test_base_layers import oracle_adapter, relative_error
 from tiny_models import assert_same_tensors, layers_of, shake, snapshot
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from peft_pst import PSTConfig, num_pruned, prune_once, report_model, update_sparsity
@@ -368,3 +370,59 @@ def test_parameters_that_are_no_matrices_are_refused(parameter: str, match: str)
     model = nn.ModuleDict({"proj": nn.Linear(3, 3), "norm": norm})
     with pytest.raises(ValueError, match=match):
         get_peft_model(model, PSTConfig(target_modules=[], target_parameters=[parameter]))
+
+
+# Compiled
+
+
+def train(model: nn.Module, forward: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Outputs of three training steps in which the sparsity rises, and of an evaluation after them."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    outputs = []
+    for step in (1, 2, 3):
+        outputs.append(forward(*inputs))
+        outputs[-1].square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        update_sparsity(model, step, 3)
+    model.eval()
+    return [*outputs, output(forward, *inputs)]
+
+
+def graphs_of_compiled(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+    """The number of graphs, once the numbers of the compiled model have been compared with the eager one's."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    eager, compiled = copy.deepcopy(model).train(), copy.deepcopy(model).train()
+    expected = train(eager, eager, inputs)
+    actual = train(compiled, torch.compile(compiled, backend=graphs, fullgraph=True), inputs)
+    assert not torch.allclose(expected[0], expected[-1])
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    return graphs.frame_count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fused", "separate"])
+def test_attention_compiles_into_one_graph_for_training_and_one_for_evaluation(name: str) -> None:
+    config = PSTConfig(target_modules=["attn"], target_sparsity=0.6, r=2, score_rank=3)
+    model = get_peft_model(attention(ATTENTIONS[name]), config)
+    assert graphs_of_compiled(model, batch(ATTENTIONS[name])) == 2
+
+
+class Routed(nn.Module):
+    """The experts of a layer with a fixed router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = mixtral("batched_mm").model.layers[0].mlp.experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = torch.tensor([[0, 1], [1, 2], [2, 0]]).repeat(3, 1)
+        return self.experts(x, index, torch.full((9, 2), 0.5))
+
+
+@pytest.mark.slow
+def test_experts_compile_into_one_graph_for_training_and_one_for_evaluation() -> None:
+    config = PSTConfig(target_modules=[], target_parameters=EXPERTS, target_sparsity=0.6, r=2, score_rank=3)
+    x = torch.randn(9, 16, generator=torch.Generator().manual_seed(1))
+    assert graphs_of_compiled(get_peft_model(Routed(), config), (x,)) == 2
