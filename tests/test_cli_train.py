@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -572,6 +574,13 @@ def refused(capsys: pytest.CaptureFixture[str], status: int, output: Path) -> st
             ["--train_file", "{csv}", "--num_train_epochs", "0"],
             "--num_train_epochs 0.0 must be a finite number above 0",
         ),
+        (
+            ["--train_file", "{csv}", "--save_steps", "0"],
+            "--save_steps 0.0 must be a number of steps above 0, or below 1 a share of all (the options --save_",
+        ),
+        (["--train_file", "{csv}", "--save_steps", "-5"], "--save_steps -5.0 must be a number of steps above 0"),
+        (["--train_file", "{csv}", "--eval_steps", "0"], "--eval_steps 0.0 must be a number of steps above 0"),
+        (["--train_file", "{csv}", "--logging_steps", "-1"], "--logging_steps -1.0 must be a number of steps above 0"),
         (["--train_file", "{csv}", "--accelerator_config", "absent.json"], "No such file or directory: 'absent.json'"),
         (
             ["--train_file", "{csv}", "--optim", "adamw_tourch"],
@@ -633,6 +642,72 @@ def test_integration_that_is_not_installed(
     output = tmp_path / "out"
     status = train(bert, output, "--train_file", reviews, "--report_to", "wandb")
     assert "requires wandb to be installed. Run `pip install wandb`" in refused(capsys, status, output)
+
+
+def test_kernels_that_are_not_installed(
+    bert: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("peft_pst.cli.train.is_liger_kernel_available", lambda: False)
+    output = tmp_path / "out"
+    said = refused(capsys, train(bert, output, "--train_file", reviews, "--use_liger_kernel", "true"), output)
+    assert "--use_liger_kernel true needs liger-kernel 0.3 or later; run: pip install liger-kernel" in said
+
+
+def test_a_hub_that_cannot_be_reached(
+    bert: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    output, push = tmp_path / "out", ["--push_to_hub", "true", "--hub_token", "hf_none"]
+    said = refused(capsys, train(bert, output, "--train_file", reviews, *push), output)
+    assert "--push_to_hub true: the hub does not take it (" in said
+    assert "offline mode is enabled" in said
+    assert "pass --hub_token or mend the connection, or leave the option out." in said
+
+
+def test_a_hub_that_fails_after_training(
+    bert: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("gone\nwith details")
+
+    monkeypatch.setattr("peft_pst.cli.hub.HfApi.whoami", lambda *_, **__: {})
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda *_: None)
+    monkeypatch.setattr("transformers.Trainer.push_to_hub", fail)
+    output = tmp_path / "out"
+    assert train(bert, output, "--train_file", reviews, "--push_to_hub", "true", "--save_strategy", "no") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(f"but could not be pushed (gone); push it with `hf upload NAME {output}`.")
+    assert (output / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("local_rank", "waits"), [("0", 0), ("1", 1)])
+def test_other_processes_leave_the_first_word_to_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], local_rank: str, waits: int
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr("peft_pst.cli.errors.time.sleep", slept.append)
+    assert peft_pst.cli.main(["train", "--absent"]) == 2
+    assert len(slept) == waits
+    assert "error:" in capsys.readouterr().err  # and what one process alone has met is said after all
+
+
+@pytest.mark.slow
+def test_a_mistake_of_several_processes_is_said_once(bert: str, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "peft_pst"]
+    options = [
+        "train",
+        "--model_name_or_path",
+        bert,
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--train_file",
+        "absent.csv",
+    ]
+    finished = subprocess.run([*launch, *options, "--use_cpu"], capture_output=True, text=True)
+    assert finished.returncode != 0
+    assert finished.stderr.count("--train_file absent.csv: there is no such file") == 1
+    assert "peft_pst/cli" not in finished.stderr  # no traceback of ours
 
 
 def test_mistake_that_shows_late_leaves_no_folder(

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from .errors import UserError
+from .errors import UserError, say_mistake
 
 COMMANDS = {
     "train": "fine-tune and prune a model",
@@ -23,7 +23,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. A user's mistake ends in one line on standard error and status 2.
 
-    A command may return a status of its own, as `report --against` does where zeros were lost.
+    Where several processes run the command, one of them says it. A command may return a status of its own, as
+    `report --against` does where zeros were lost.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return importlib.import_module(f".{command}", __name__).run(rest) or 0
     except UserError as error:
-        print(f"peft-pst {command}: error: {error}", file=sys.stderr)
+        say_mistake(f"peft-pst {command}: error: {error}")
         return 2
 
 

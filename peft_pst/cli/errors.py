@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -27,6 +29,22 @@ class UserError(Exception):
 
     def __init__(self, message: object) -> None:
         super().__init__(" ".join(str(message).split()))
+
+
+_PATIENCE = 30.0  # seconds in which a launcher ends the other processes, once one has failed
+
+
+def say_mistake(line: str) -> None:
+    """Print a line on standard error; of several processes with the same mistake, one for each machine.
+
+    Launchers such as torchrun end all processes as soon as one has failed. The others wait for that, so that a mistake
+    of all is said once, and one that this process alone met is said after all.
+    """
+    from accelerate.utils import get_int_from_env
+
+    if get_int_from_env(["LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK"], 0):
+        time.sleep(_PATIENCE)
+    print(line, file=sys.stderr)
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+from transformers.utils import is_liger_kernel_available
 
 from ..model import pst_layers
 from ..report import SparsityReport, report_model
@@ -22,6 +23,7 @@ from .classification import prepare_classification
 from .console import plain_warnings, say
 from .data import check_source
 from .errors import UserError, require
+from .hub import check_hub, hub_errors
 from .job import Job
 from .labels import Labels
 from .language import prepare_language_modelling
@@ -47,7 +49,10 @@ def run(argv: list[str]) -> None:
 def _run(options: TrainOptions) -> None:
     for module in ("datasets", "sklearn.metrics", "scipy.stats", "matplotlib"):
         require(module, "cli")
+    if options.training.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError("--use_liger_kernel true needs liger-kernel 0.3 or later; run: pip install liger-kernel")
     checkpoint = _check_output(options)
+    check_hub(options.training)
     check_source(options.data)
     options.pst.task_type = "SEQ_CLS" if options.data.task == "seq_cls" else "CAUSAL_LM"
     options.pst.revision = options.model.model_revision  # or merging would take another revision of the base
@@ -68,7 +73,11 @@ def _run(options: TrainOptions) -> None:
         print_text("\n" + report.to_table())
         say("", *_farewell(options.output_dir))
     if options.training.push_to_hub:
-        trainer.push_to_hub(commit_message="End of training")
+        folder = options.output_dir
+        with hub_errors(
+            f"the adapter is in {folder}, but could not be pushed", f"push it with `hf upload NAME {folder}`"
+        ):
+            trainer.push_to_hub(commit_message="End of training")
 
 
 # Before training
@@ -143,7 +152,7 @@ def _make_trainer(model: PeftModel, job: Job, options: TrainOptions) -> PSTTrain
             )
             trainer.check_optimizer()
             return trainer
-    except (RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise UserError(error) from error
 
 
@@ -179,7 +188,7 @@ def _remove_old_checkpoints(folder: Path) -> None:
 
 def _train(trainer: PSTTrainer, job: Job, checkpoint: str | None) -> None:
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # without a push, which comes when the report is there too
     trainer.save_state()
     _record(trainer, "train", {**metrics, "train_samples": len(job.train)})
 

@@ -28,6 +28,12 @@ _BOUNDS = (
     _Bound("at least 1, or -1 to go by --num_train_epochs", lambda value: value >= 1 or value == -1, ("max_steps",)),
     _Bound("a finite number above 0", lambda value: 0 < value < math.inf, ("num_train_epochs",)),
     _Bound(
+        "a number of steps above 0, or below 1 a share of all (the options --save_strategy, --eval_strategy and "
+        "--logging_strategy switch one off with 'no')",
+        lambda value: 0 < value < math.inf,
+        ("save_steps", "eval_steps", "logging_steps"),
+    ),
+    _Bound(
         "a finite number of at least 0",
         lambda value: 0 <= value < math.inf,
         (
