@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
-.PHONY: demo test test-slow test-gpu test-oldest test-integrations test-kernels compatibility benchmark benchmark-inference sizes scale results check clean
+.PHONY: demo test test-slow test-gpu test-oldest test-integrations test-kernels test-deepspeed compatibility benchmark benchmark-inference sizes scale results check clean
 
 demo: $(VENV)/demo.stamp  ## fine-tune, prune, merge and reload a real model on real data (about four minutes)
 	$(BIN)/peft-pst demo
@@ -33,6 +33,13 @@ compatibility: $(VENV)/test.stamp  ## write docs/compatibility.md anew
 test-kernels: $(VENV)/test.stamp  ## the GPU kernels without a GPU: interpreted, and compiled for two kinds (four minutes)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet triton==3.9.0
 	$(BIN)/python -m pytest -m slow tests/test_kernels.py
+
+test-deepspeed: $(VENV)/test.stamp  ## ZeRO-2 and ZeRO-3 on two processes; DeepSpeed compiles an operator, with the system's C++ compiler (six minutes)
+	$(BIN)/python -c "import deepspeed" 2>/dev/null || DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet \
+		--no-build-isolation --constraint $(CONSTRAINTS) setuptools deepspeed==0.19.8 ninja==1.13.2
+	rm -f $(VENV)/torch_extensions/*/*/lock  # of a build that was interrupted, for which the next would wait for ever
+	PATH="$(abspath $(BIN)):$$PATH" TORCH_EXTENSIONS_DIR=$(abspath $(VENV))/torch_extensions \
+		$(BIN)/python -m pytest -m slow tests/test_distributed_deepspeed.py tests/test_distributed_deepspeed_trainer.py
 
 COST := $(BIN)/python benchmarks/training_cost.py --output benchmarks/results/training_cost
 

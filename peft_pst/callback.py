@@ -107,7 +107,7 @@ def _plans(model: nn.Module) -> list[LayerPlan]:
 
 def _check_finite(model: nn.Module, step: int) -> None:
     """Keep what diverged out of the checkpoints, of which only the last few may be kept."""
-    trained = {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: whole(p).detach() for name, p in model.named_parameters() if p.requires_grad}
     are_finite = torch.stack(
         [torch.isfinite(tensor).all() for tensor in trained.values()]
     ).tolist()  # one wait, not many

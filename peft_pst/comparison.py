@@ -24,7 +24,7 @@ from .layer import PSTLayer
 from .masking import unpack_mask
 from .offloading import at_hand
 from .report import REPORT_NAME, SparsityReport
-from .sharding import whole
+from .sharding import whole, whole_shape
 from .tables import comparison_table
 
 Source = nn.Module | str | Path
@@ -267,12 +267,12 @@ def _of_module(module: nn.Module, name: str, without: Collection[str] = ()) -> I
     """The matrices of a module and what is in it, but for some of its own, by their names in the plain model."""
     prefix = f"{name}." if name else ""
     if isinstance(module, PSTLayer):
-        yield name, _Matrix(tuple(module._stored.shape), partial(_zeros_of_layers, [module]))
+        yield name, _Matrix(tuple(whole_shape(module._stored)), partial(_zeros_of_layers, [module]))
         return
     if isinstance(module, PSTHost):
         for part, matrices in module.matrices.items():
             stored = getattr(module.base_layer, part)
-            yield prefix + part, _Matrix(tuple(stored.shape), partial(_zeros_of_layers, [*matrices]))  # type: ignore[misc]
+            yield prefix + part, _Matrix(tuple(whole_shape(stored)), partial(_zeros_of_layers, [*matrices]))  # type: ignore[misc]
         yield from _of_module(module.base_layer, name, without=module.matrices.keys())
         return
     if isinstance(module, BaseTunerLayer):

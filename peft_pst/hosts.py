@@ -14,7 +14,7 @@ from .module import PSTModule
 from .nesting import check_no_tuner
 from .offloading import offload_hook
 from .plan import ScheduleStatus
-from .sharding import is_sharded
+from .sharding import is_partitioned, is_sharded
 from .swapped import in_place_of_own
 
 
@@ -98,10 +98,10 @@ class PSTMatrix(PSTModule):
     def _write(self, values: Tensor) -> None:
         if self._index is None:
             super()._write(values)
-        elif is_sharded(self._stored):
+        elif is_sharded(self._stored) or is_partitioned(self._stored):
             raise RuntimeError(
-                f"Layer {self.module_name}: a stack of matrices that FSDP shards cannot be merged or unmerged; save "
-                "the adapter, and merge it in one process."
+                f"Layer {self.module_name}: a stack of matrices that FSDP or DeepSpeed shards cannot be merged or "
+                "unmerged; save the adapter, and merge it in one process."
             )
         else:
             with torch.no_grad():

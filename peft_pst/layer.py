@@ -35,7 +35,16 @@ from .plan import Change, Criterion, LayerPlan, ScheduleStatus
 from .residual import check_positions, residual_positions
 from .scoring import Factors, add_update, base_scores, score_dtype
 from .selection import group_scores, select_adapter_mask, selection_scores
-from .sharding import copy_of, is_gathered_for_forward, is_sharded, replace_values, whole
+from .sharding import (
+    copy_of,
+    is_copied_for_forward,
+    is_gathered_for_forward,
+    is_partitioned,
+    is_sharded,
+    replace_values,
+    whole,
+    whole_shape,
+)
 
 
 class PSTLayer(BaseTunerLayer):
@@ -128,7 +137,8 @@ class PSTLayer(BaseTunerLayer):
         return matrix
 
     def _matrix_shape(self) -> tuple[int, int]:
-        out, in_ = self._as_matrix(self._share(self._stored)).shape
+        stored = torch.empty(whole_shape(self._stored), device="meta")
+        out, in_ = self._as_matrix(self._share(stored)).shape
         return out, in_
 
     def _hold_base(self, base_layer: nn.Module) -> None:
@@ -567,14 +577,13 @@ class PSTLayer(BaseTunerLayer):
         return stored
 
     def _dense(self) -> Tensor:
-        base, weight = self._stored, whole(self._dense_stored())
+        weight = whole(self._dense_stored())
         if self._dense_weight is None:
             weight = self._share(weight)
-        # DeepSpeed's own mark: it gathers the base weight within a forward, and would miss the adapter's tensors.
-        if hasattr(base, "ds_id") or weight.numel() != self.num_weights:
+        if weight.numel() != self.num_weights:
             raise RuntimeError(
-                f"Layer {self.module_name}: DeepSpeed ZeRO-3 and FSDP1 shard the base weight in ways that PST cannot "
-                "gather; use FSDP2 or ZeRO-2 instead."
+                f"Layer {self.module_name}: FSDP1 shards the base weight in a way that PST cannot gather; use FSDP2 or "
+                "DeepSpeed ZeRO instead."
             )
         return self._as_matrix(weight)
 
@@ -635,6 +644,11 @@ class PSTLayer(BaseTunerLayer):
         return held
 
     def _pruners(self, adapter_names: Sequence[str]) -> list[Pruner]:
+        if torch.is_grad_enabled() and is_partitioned(self._stored) and is_sharded(self._stored):
+            raise RuntimeError(
+                f"Layer {self.module_name}: its weight is read for training where DeepSpeed ZeRO-3 has not gathered "
+                "it, so what trains would get no gradient. Call the adapted module, or use ZeRO-2 or FSDP2."
+            )
         pairs = [(name, self.get_factors(name)) for name in adapter_names]
         return [Pruner(factors, self._packed_mask(name, factors), self.pst_plans[name].size) for name, factors in pairs]
 
@@ -688,7 +702,7 @@ class PSTLayer(BaseTunerLayer):
         return merged
 
     def _check_writable(self) -> None:
-        if is_gathered_for_forward(self._base) and not is_sharded(self._stored):
+        if is_copied_for_forward(self._base) and not is_sharded(self._stored):
             raise RuntimeError(
                 f"Layer {self.module_name}: the base weight is a copy that FSDP gathered for a forward, so merging and "
                 "unmerging would be lost; call reshard() on the modules given to fully_shard() first."

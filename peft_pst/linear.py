@@ -14,6 +14,7 @@ from .callers import users_level
 from .masked_linear import masked_linear
 from .module import PSTModule
 from .offloading import at_hand
+from .sharding import is_partitioned
 
 
 class PSTLinear(PSTModule):
@@ -38,11 +39,14 @@ class PSTLinear(PSTModule):
         if not (torch.is_grad_enabled() and self._trains(names)):
             return F.linear(x, self._inference_weight(names), bias)
         weight, pruners = self._dense(), self._pruners(names)
-        # Read again for the backward, or all offloaded weights of the model would be in memory when it starts.
-        return masked_linear(x, weight, bias, pruners, self._dense if self._is_offloaded else None)
+        # Read or gathered again for the backward, or all weights of the model would be in memory when it starts.
+        goes_meanwhile = self._is_offloaded or is_partitioned(self._stored)
+        return masked_linear(x, weight, bias, pruners, self._dense if goes_meanwhile else None)
 
     def _warn_about_hooks(self) -> None:
         base = self._base
+        if is_partitioned(self._stored):
+            return  # DeepSpeed's own, which run on this layer as well
         if self._warned_about_hooks or not (
             base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         ):

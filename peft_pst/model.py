@@ -266,6 +266,20 @@ class PSTModel(BaseTuner):
         )
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        empty = [name for name, tensor in found.items() if not tensor.numel()]
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {len(found)} tensors of adapter {adapter_name!r} are empty, such as {min(empty)}, "
+                "because DeepSpeed ZeRO-3 keeps a part of each on every process. Save with Trainer.save_model(), or "
+                "pass save_pretrained(..., state_dict=accelerator.get_state_dict(model)), which gather them."
+            )
+        return found
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:

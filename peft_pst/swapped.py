@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .config import PSTConfig
 from .module import PSTModule
 from .offloading import at_hand, not_offloading
+from .sharding import is_partitioned, whole_shape
 
 
 @contextmanager
@@ -31,11 +32,20 @@ def in_place_of_own(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
     """
     parameters: dict[str, Any] = module._parameters
     own = {name: parameters[name] for name in weights}
-    parameters.update(weights)  # under the names that are there, so that their order stays
+    if any(map(is_partitioned, own.values())):
+        # DeepSpeed goes through the parameters when the module is called, and knows only its own.
+        place, before = vars(module), dict(vars(module))
+    else:
+        place, before = parameters, own
+    place.update(weights)  # under the names that are there, so that their order stays
     try:
         yield
     finally:
-        parameters.update(own)
+        for name in weights:
+            if name in before:
+                place[name] = before[name]
+            else:
+                del place[name]
 
 
 class PSTSwapped(PSTModule):
@@ -70,7 +80,7 @@ class PSTConv(PSTSwapped):
 
     def _as_stored(self, matrix: Tensor) -> Tensor:
         stored = self._stored
-        weight = matrix.reshape(stored.shape)
+        weight = matrix.reshape(whole_shape(stored))
         if stored.is_contiguous():
             return weight
         layout = torch.channels_last if stored.dim() == 4 else torch.channels_last_3d

@@ -107,6 +107,18 @@ def test_a_full_disk_does_not_cost_the_old_adapter(tmp_path: Path) -> None:
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == old
 
 
+def test_an_adapter_that_zero_3_has_partitioned_is_not_saved_empty(tmp_path: Path) -> None:
+    model = pruned_net()
+    model.save_pretrained(tmp_path)
+    old = (tmp_path / "adapter_model.safetensors").read_bytes()
+    partitioned = {
+        name: tensor.new_empty(0) if ".pst_U" in name else tensor for name, tensor in model.state_dict().items()
+    }
+    with pytest.raises(ValueError, match=r"4 of 28 tensors of adapter 'default' are empty.*ZeRO-3.*save_model"):
+        model.save_pretrained(tmp_path, state_dict=partitioned)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == old
+
+
 def save_in_vain(folder: str) -> None:
     model = pruned_net(r=6)
     with TemporaryDirectory() as elsewhere:
