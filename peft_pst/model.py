@@ -165,16 +165,29 @@ class PSTModel(BaseTuner):
         if state_dict is not None and not config.target_parameters:  # which PEFT refuses itself
             self._named = adapted_modules(model, state_dict)
             state_dict = {f"{name}.{self.prefix}": torch.empty(0) for name in self._named}
+        self._hosts = [name for name, module in model.named_modules() if isinstance(module, PSTHost)]
         # The one object that all layers of the adapter now being injected share.
         self._status = ScheduleStatus()
         self._shared = shared_weights(model)
         with warnings.catch_warnings():
             # PEFT knows no parameters by name; `_warn_about_unmatched_patterns` looks after this pattern too.
             warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
         names = {name for layer in pst_layers(model) if adapter_name in layer.pst_plans for name in layer.pattern_names}
         _warn_about_unmatched_patterns(self.peft_config[adapter_name], names)
         _prepare_selection(model, adapter_name)
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]  # PEFT's is static
+        # A further adapter comes to what a host holds through the host; its matrices are named by numbers.
+        if any(key == f"{host}.base_layer" or f"{key}.".startswith(f"{host}.matrices.") for host in self._hosts):
+            return False
+        return super()._check_target_module_exists(peft_config, key)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         """PEFT warns by name of layers that may be tied; those that are are refused by identity when adapted."""

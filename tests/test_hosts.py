@@ -150,6 +150,27 @@ def test_query_key_and_value_are_ranked_apart_also_by_a_pattern_of_their_own() -
     assert [int((part == 0).sum()) for part in layers["attn.in_proj_weight"].get_masked_weight().chunk(3)] == [32] * 3
 
 
+@pytest.mark.parametrize(
+    ("targets", "adapted_layers"),
+    [
+        (["0"], {"tail.0"}),  # as the matrices of a parameter are numbered too
+        ("attn.*", {"attn.in_proj_weight", "attn.out_proj"}),
+        (["out_proj"], {"attn.out_proj"}),
+        (["attn", "0"], {"attn.in_proj_weight", "attn.out_proj", "tail.0"}),
+    ],
+    ids=str,
+)
+def test_a_second_adapter_reaches_what_it_names(targets: list[str] | str, adapted_layers: set[str]) -> None:
+    base = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "tail": nn.Sequential(nn.Linear(8, 8))})
+    model = get_peft_model(base, PSTConfig(target_modules=["attn"]))
+    names = [name for name, _ in model.named_modules()]
+    model.add_adapter("second", PSTConfig(target_modules=targets, r=1))
+    layers = {layer.module_name: layer for layer in layers_of(model).values() if "second" in layer.pst_plans}
+    assert set(layers) == adapted_layers
+    added = {name for name, _ in model.named_modules()} - set(names)
+    assert all(name.startswith("base_model.model.tail.0.") for name in added)
+
+
 def test_the_output_projection_can_be_adapted_alone() -> None:
     base, inputs = attention({}), batch({})
     model = adapted(copy.deepcopy(base), target_modules=["out_proj"])
