@@ -37,11 +37,13 @@ class Ranked(NamedTuple):
         scores: makes the scores of its groups, in pieces of any shape, real, comparable between matrices; called twice.
         size: entries of a group, at least 1.
         most: groups that may be pruned at most; the best ones beyond that stay whatever the others score.
+        name: what an error calls it.
     """
 
     scores: Callable[[], Iterable[Tensor]]
     size: int
     most: int
+    name: str = "A matrix"
 
 
 def most_pruned(groups: int, min_kept: float) -> int:
@@ -131,19 +133,19 @@ def split_budget(matrices: Sequence[Ranked], total: int) -> list[int]:
         )
     if total == 0:
         return [0] * len(matrices)
-    upper = torch.stack([_histogram(matrix.scores(), _upper) for matrix in matrices])
+    upper = torch.stack([_histogram(matrix, _upper) for matrix in matrices])
     before, bin_ = _find_bin(matrices, torch.zeros(len(matrices), dtype=torch.int64), upper, total)
-    lower = torch.stack([_histogram(matrix.scores(), lambda keys: _lower(keys, bin_)) for matrix in matrices])
+    lower = torch.stack([_histogram(matrix, lambda keys: _lower(keys, bin_)) for matrix in matrices])
     before, last = _find_bin(matrices, before, lower, total)
     return _share_ties(matrices, before.tolist(), lower[:, last].tolist(), total)
 
 
-def _histogram(pieces: Iterable[Tensor], key: Callable[[Tensor], Tensor]) -> Tensor:
+def _histogram(matrix: Ranked, key: Callable[[Tensor], Tensor]) -> Tensor:
     """How often each of 2**16 keys occurs, int64, on the CPU."""
     counts = torch.zeros(_BINS, dtype=torch.int64)
-    for piece in pieces:
+    for piece in matrix.scores():
         if piece.isnan().any():
-            raise ValueError(NAN_MESSAGE)
+            raise ValueError(f"{matrix.name}: {NAN_MESSAGE}")
         counts += torch.bincount(key(_sortable(piece)), minlength=_BINS).cpu()
     return counts
 

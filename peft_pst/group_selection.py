@@ -140,7 +140,12 @@ def _counts(coupled: Sequence[CoupledGroups], scores: Sequence[Tensor], sparsity
     if len(coupled) == 1:
         return [num_pruned(coupled[0].num_groups, sparsity)]
     ranked = [
-        Ranked(partial(list, [own]), entries(groups), most_pruned(groups.num_groups, min_kept))
+        Ranked(
+            partial(list, [own]),
+            entries(groups),
+            most_pruned(groups.num_groups, min_kept),
+            f"The {groups.kind} of {groups.name}",
+        )
         for groups, own in zip(coupled, scores, strict=True)
     ]
     return split_budget(ranked, shared_budget(places(coupled), sparsity))

@@ -57,7 +57,8 @@ def _ranked(pairs: Sequence[Pair], by: Criterion) -> Iterator[Ranked]:
         most = most_pruned(place.groups, plan.config.min_kept)
         for start in range(0, layer.out_features, plan.shape[0]):
             rows = slice(start, start + plan.shape[0])
-            yield Ranked(partial(_comparable_scores, layer, name, rows, by), place.size, most)
+            scores = partial(_comparable_scores, layer, name, rows, by)
+            yield Ranked(scores, place.size, most, f"Layer {layer.module_name}, adapter {name!r}")
 
 
 def _comparable_scores(layer: PSTLayer, adapter_name: str, rows: slice, by: Criterion) -> Iterator[Tensor]:

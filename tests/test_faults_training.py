@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from ranks import processes
 from safetensors import SafetensorError
-from tiny_models import TOKENS, inputs, layers_of, net, pruned_net, tiny_bert
+from tiny_models import TOKENS, assert_same_tensors, inputs, layers_of, masks, net, pruned_net, tiny_bert
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -58,6 +58,21 @@ def test_what_diverged_is_not_saved(tmp_path: Path, name: str, value: float) -> 
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     PeftModel.from_pretrained(tiny_bert(), str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("options", [{"mask_interval": 2}, {"scope": "global"}, {"scope": "global", "pattern": "rows"}])
+def test_a_nan_in_a_loop_of_ones_own_names_its_layer(options: dict[str, Any]) -> None:
+    model = pruned_net(residual=3, residual_positions="random", **options)
+    before = masks(model)
+    for part in ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C", "pst_S"):
+        parameter = getattr(model.base_model.model.layers[1].up, part)["default"]
+        kept = parameter.detach().clone()
+        parameter.data.view(-1)[0] = float("nan")
+        with pytest.raises(ValueError, match=r"Layer layers\.1\.up, adapter 'default': The scores hold a NaN"):
+            model.update_sparsity(10, 10)
+        parameter.data.copy_(kept)
+    model.update_sparsity(10, 10)
+    assert_same_tensors(masks(model), before)
 
 
 @pytest.mark.parametrize("part", ["pst_U", "pst_B", "pst_R"])
