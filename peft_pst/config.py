@@ -63,6 +63,9 @@ class PSTConfig(PeftConfig):
         r: rank of the weight update U V; 0 trains importance alone.
         score_rank: rank of the low-rank importance A B; 0 leaves it out.
         structured: whether to learn one importance per row (R) and per column (C).
+        embedding_r: rank of the update of the token embeddings, which are never pruned; 0 leaves them as they are.
+        embedding_modules: names of the embeddings that get it. None: the model's input embeddings, where
+            `target_modules` is left open too, r is not 0, and they are not tied to an output layer.
         residual: number of entries, in each matrix, of a sparse residual in the weight update. Their positions are
             fixed when the adapter is made, their values train; 0 leaves it out.
         residual_positions: where these entries stand. "grebsmo": the largest of the sparse part of W0 split into
@@ -153,6 +156,13 @@ class PSTConfig(PeftConfig):
     score_rank: int = field(default=8, metadata={"help": "Rank of the low-rank importance A B; 0 leaves it out."})
     structured: bool = field(
         default=True, metadata={"help": "Whether to learn an importance per row (R) and per column (C)."}
+    )
+    embedding_r: int = field(
+        default=8,
+        metadata={"help": "Rank of the update of the token embeddings, which are not pruned; 0 leaves them alone."},
+    )
+    embedding_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of these embeddings; by default found with the linears of the blocks."}
     )
     residual: int = field(
         default=0, metadata={"help": "Trained entries of a sparse residual in the weight update; 0 leaves it out."}
@@ -258,6 +268,7 @@ class PSTConfig(PeftConfig):
             "r": 8,
             "score_rank": 8,
             "structured": True,
+            "embedding_r": 0,
             "beta": 1.0,
             "alpha1": 1.0,
             "alpha2": 1.0,
@@ -292,6 +303,7 @@ class PSTConfig(PeftConfig):
         setting: dict[str, Any] = {
             "target_sparsity": 0.0,
             "r": 16,
+            "embedding_r": 0,
             "residual": 64,
             "score_rank": 0,
             "structured": False,
@@ -328,6 +340,7 @@ class PSTConfig(PeftConfig):
         _check_sparsities(self)
         _check_pattern_and_scope(self)
         _check_ranks_and_scales(self)
+        _check_embeddings(self)
         _check_schedule(self)
         _check_layer_selection(self)
 
@@ -363,7 +376,11 @@ def _check_kinds(config: PSTConfig) -> None:
     for name in ("structured", "fan_in_fan_out", "keep_zeros"):
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name}={getattr(config, name)!r} is neither True nor False.")
-    for name, what in (("modules_to_save", "module"), ("target_parameters", "parameter")):
+    for name, what in (
+        ("modules_to_save", "module"),
+        ("target_parameters", "parameter"),
+        ("embedding_modules", "module"),
+    ):
         value = getattr(config, name)
         if value is not None and not _are_names(value):
             raise ValueError(f"{name}={value!r} is no list of names; pass a list of {what} names.")
@@ -456,6 +473,15 @@ def _check_n_of_m(config: PSTConfig, pattern: NofM, is_global: bool) -> None:
         raise ValueError(
             f"pattern={pattern.name!r} gives every matrix the same sparsity, so scope='global' has nothing to share "
             "out; leave the scope at 'matrix'."
+        )
+
+
+def _check_embeddings(config: PSTConfig) -> None:
+    _check_count("embedding_r", config.embedding_r, "rank")
+    if config.embedding_modules and not config.embedding_r:
+        raise ValueError(
+            f"embedding_modules={config.embedding_modules!r} get no update, because embedding_r=0; set a rank, or "
+            "leave embedding_modules out."
         )
 
 

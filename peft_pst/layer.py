@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
 from .callers import users_level
@@ -45,9 +45,10 @@ from .sharding import (
     whole,
     whole_shape,
 )
+from .tuner_layer import PSTTunerLayer
 
 
-class PSTLayer(BaseTunerLayer):
+class PSTLayer(PSTTunerLayer):
     """The state of every PST adapter on one base layer, and what PEFT does to it.
 
     Matrices are oriented (out_features, in_features), whatever the base layer stores. For each adapter the layer
@@ -314,17 +315,6 @@ class PSTLayer(BaseTunerLayer):
             except ValueError as error:
                 raise ValueError(f"Layer {self.module_name}: {error}") from error
         return counts
-
-    @contextmanager
-    def refusing_damage(self, adapter_name: str) -> Iterator[None]:
-        """Say in which layer, and what to do, when stored tensors are refused by the block."""
-        try:
-            yield
-        except ValueError as error:
-            raise ValueError(
-                f"Layer {self.module_name}, adapter {adapter_name!r}: {error} The adapter file is damaged or belongs "
-                "to another model; load the one that was saved for this base."
-            ) from error
 
     def set_sparsity(self, adapter_name: str, sparsity: float) -> None:
         """Put a sparsity in force for one adapter, in [0, 1), by the mask that its scores now select.

@@ -11,6 +11,7 @@ from .layer import PSTLayer
 from .masking import check_zeros
 from .residual import check_positions
 from .sharding import is_sharded
+from .tuner_layer import PSTTunerLayer
 
 _DTYPES = {"pst_num_pruned": torch.int64, "pst_mask": torch.uint8, "pst_positions": torch.int64}
 
@@ -44,11 +45,13 @@ adapter file is damaged or belongs to another model; load the one that was saved
     if not stored:
         return  # a rank that gets its adapter from another one, or biases alone
     for name, layer in model.named_modules():
-        if isinstance(layer, PSTLayer) and adapter_name in layer.pst_plans:
+        if isinstance(layer, PSTTunerLayer) and adapter_name in layer._get_available_adapters():
             prefix = _without_wrappers(name)
             parts = {part: stored.pop(f"{prefix}.{part}.{adapter_name}", None) for part in _parts(layer, adapter_name)}
             with layer.refusing_damage(adapter_name):
-                _check_layer(layer, adapter_name, parts)
+                present = _check_tensors(layer, adapter_name, parts)
+                if isinstance(layer, PSTLayer):
+                    _check_zeros(layer, adapter_name, present)
     if stored:
         raise ValueError(
             f"{min(stored)} has no place in adapter {adapter_name!r} of this model. The file belongs to another "
@@ -104,12 +107,13 @@ def _without_wrappers(name: str) -> str:
     return ".".join(part for part in parts if part not in ("_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 
 
-def _parts(layer: PSTLayer, adapter_name: str) -> Iterable[str]:
+def _parts(layer: PSTTunerLayer, adapter_name: str) -> Iterable[str]:
     tensors = (*layer.adapter_layer_names, *_DTYPES)
-    return [part for part in tensors if adapter_name in getattr(layer, part)]
+    return [part for part in tensors if adapter_name in getattr(layer, part, ())]
 
 
-def _check_layer(layer: PSTLayer, adapter_name: str, stored: Mapping[str, Tensor | None]) -> None:
+def _check_tensors(layer: PSTTunerLayer, adapter_name: str, stored: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Those that can be read, once all are found to be there and of the right kind."""
     for part, tensor in stored.items():
         if tensor is None:
             raise ValueError(f"{part} is missing.")
@@ -118,6 +122,11 @@ def _check_layer(layer: PSTLayer, adapter_name: str, stored: Mapping[str, Tensor
     for part, tensor in present.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{part} holds a NaN or an infinity.")
+    return present
+
+
+def _check_zeros(layer: PSTLayer, adapter_name: str, present: Mapping[str, Tensor]) -> None:
+    """Refuse a number of zeros, a mask and positions that do not go together."""
     if "pst_num_pruned" in present:
         counts = present["pst_num_pruned"].reshape(-1).tolist()
         layer.pst_plans[adapter_name].check_counts(counts)

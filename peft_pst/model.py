@@ -6,7 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from .callers import users_level
+from .embedding import PSTEmbeddingUpdate, check_embedding
 from .group_selection import couple
 from .hosts import PSTHost, PSTMultiheadAttention
 from .kinds import check_parameter, kind_of
@@ -23,8 +24,9 @@ from .nesting import check_not_nested, mark_pruned
 from .plan import LayerPlan, ScheduleStatus
 from .quantised import PSTQuantisedLinear, backend_of, dequantise_the_rest
 from .schedule import cubic_sparsity
-from .targets import find_block_linears
+from .targets import find_block_linears, find_token_embeddings
 from .ties import shared_weights
+from .tuner_layer import PSTTunerLayer
 from .units import Unit, units
 
 
@@ -56,7 +58,7 @@ class PSTModel(BaseTuner):
     """
 
     prefix = "pst_"
-    tuner_layer_cls = PSTLayer
+    tuner_layer_cls = PSTTunerLayer
     # Found from the structure of the model instead, see `find_block_linears`.
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
@@ -80,7 +82,16 @@ class PSTModel(BaseTuner):
                     'blocks. Pass a list of names, a regular expression, or "all-linear".'
                 )
             peft_config.target_modules = set(targets)
+            if peft_config.embedding_modules is None and peft_config.embedding_r and peft_config.r:
+                saved = peft_config.modules_to_save or ()
+                found = find_token_embeddings(self.model)
+                peft_config.embedding_modules = [name for name in found if not _is_named(name, saved)]
         return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        found = BaseTuner._check_target_module_exists(peft_config, key)
+        return found or _is_named(key, peft_config.embedding_modules or ())
 
     def _create_and_replace(
         self,
@@ -94,6 +105,9 @@ class PSTModel(BaseTuner):
     ) -> None:
         if parameter_name is not None:
             self._adapt_parameter(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
+            return
+        if _is_named(current_key, peft_config.embedding_modules or ()):
+            self._update_embedding(peft_config, adapter_name, target, target_name, parent, current_key)
             return
         if isinstance(target, PSTLayer):
             target.update_layer(adapter_name, peft_config, self._status)
@@ -114,6 +128,19 @@ class PSTModel(BaseTuner):
             new_module = kind(target, adapter_name, peft_config, self._status, current_key, **options)
         if adapter_name not in self.active_adapters:
             # A further adapter is not trainable until it is activated.
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _update_embedding(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, key: str
+    ) -> None:
+        if isinstance(target, PSTEmbeddingUpdate):
+            target.update_layer(adapter_name, peft_config)
+            return
+        check_embedding(target, key)
+        _check_untied(self._shared.get((target, "weight")), key, "Adapting")
+        new_module = PSTEmbeddingUpdate(cast("nn.Embedding", target), adapter_name, peft_config, key)
+        if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
@@ -138,7 +165,7 @@ class PSTModel(BaseTuner):
             self._replace_module(parent, target_name, host, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, AuxiliaryTrainingWrapper | PSTHost) or isinstance(new_module, PSTLayer):
+        if isinstance(child, AuxiliaryTrainingWrapper | PSTHost) or isinstance(new_module, PSTTunerLayer):
             # A module saved in full, or unloaded, takes its place as it is. PEFT would read its weight, which a head of
             # several layers, such as RoBERTa's, does not have, nor a module that holds several matrices. An adapted
             # layer is on its device already; PEFT would move it to that of the weight, which is none where it is
@@ -197,6 +224,9 @@ class PSTModel(BaseTuner):
         for layer in pst_layers(self.model):
             places = shared.get((layer.get_base_layer(), layer.stored_name))
             _check_untied(places, layer.module_name, "Merging")
+        for module in self.model.modules():
+            if isinstance(module, PSTEmbeddingUpdate):
+                _check_untied(shared.get((module.get_base_layer(), "weight")), module.module_name, "Merging")
 
     def merge_and_unload(
         self,
@@ -341,6 +371,11 @@ def _prepare_selection(model: nn.Module, adapter_name: str) -> None:
         if has_data and unit.sparsity:
             for layer, name, change in unit.prepare():
                 layer.put_in_force(name, change)
+
+
+def _is_named(module_name: str, names: Collection[str]) -> bool:
+    """Whether a module is one of those named by the ends of their names, as in `target_modules`."""
+    return any(f".{module_name}".endswith(f".{name}") for name in names)
 
 
 def _check_complete(layers: set[str], missing: str, consequence: str) -> None:

@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from .callers import users_level
+from .tuner_layer import PSTTunerLayer
 
 
 def check_not_nested(model: nn.Module, adapter_name: str) -> None:
@@ -42,11 +43,15 @@ one another name, remove the old one with delete_adapter() or unload(), or load 
             "inject_adapter_in_model(config, model.get_base_model(), name); or call merge_and_unload() or unload() "
             "first."
         )
-    if any(adapter_name in getattr(module, "pst_plans", {}) for module in model.modules()):
+    if any(_has_adapter(module, adapter_name) for module in model.modules()):
         raise ValueError(
             f"The model carries a PST adapter named {adapter_name!r}, which would lose what it learned. Give the new "
             "one another name, remove the old one with delete_adapter() or unload(), or load the base model anew."
         )
+
+
+def _has_adapter(module: nn.Module, adapter_name: str) -> bool:
+    return isinstance(module, PSTTunerLayer) and adapter_name in module._get_available_adapters()
 
 
 _HOOKS: list[RemovableHandle] = []
@@ -64,9 +69,9 @@ def refuse_tuners_over_pst() -> None:
 
 
 def _look_at_wrapped(holder: nn.Module, name: str, module: Any) -> None:
-    if name != "base_layer" or not isinstance(holder, BaseTunerLayer) or hasattr(holder, "pst_plans"):
+    if name != "base_layer" or not isinstance(holder, BaseTunerLayer) or isinstance(holder, PSTTunerLayer):
         return
-    if hasattr(module, "pst_plans"):
+    if isinstance(module, PSTTunerLayer):
         raise ValueError(_over_pst(type(holder), module.module_name))
     if getattr(module, _PRUNED, False):
         warnings.warn(

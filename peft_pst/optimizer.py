@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 from transformers.trainer_pt_utils import get_parameter_names
 
+from .embedding import PSTEmbeddingUpdate
 from .layer import PSTLayer
 
-_UPDATE = ("pst_U", "pst_V", "pst_S")
+_UPDATE = ("pst_U", "pst_V", "pst_S", *PSTEmbeddingUpdate.adapter_layer_names)
 _SCORES = tuple(name for name in PSTLayer.adapter_layer_names if name not in _UPDATE)
 
 

@@ -144,16 +144,28 @@ class LayerPlan:
                 self.pattern.check_count(count, self.shape)
 
 
+def check_rank(name: str, value: int, shape: Size) -> None:
+    """Refuse a low-rank product that outgrows its matrix, before it takes memory.
+
+    Raises:
+        ValueError: if the rank is above both sides of the matrix and 64.
+
+    Example:
+        >>> check_rank("r", 8, (2, 4))
+    """
+    most = max(min(shape), _SMALL_RANK)
+    if value > most:
+        raise ValueError(f"{name}={value} is above {most}, the most for a matrix of {shape[0]} x {shape[1]}.")
+
+
 _SMALL_RANK = 64  # allowed for any matrix, since the defaults are the same for all
 
 
 def _check_sizes(plan: LayerPlan, shape: Size) -> None:
-    """Refuse parts of an adapter that outgrow its matrix, before they take memory."""
-    rank, entries = max(min(shape), _SMALL_RANK), shape[0] * shape[1]
-    for name, value, most in (
-        ("r", plan.r, rank),
-        ("score_rank", plan.score_rank, rank),
-        ("residual", plan.residual, entries),
-    ):
-        if value > most:
-            raise ValueError(f"{name}={value} is above {most}, the most for a matrix of {shape[0]} x {shape[1]}.")
+    check_rank("r", plan.r, shape)
+    check_rank("score_rank", plan.score_rank, shape)
+    entries = shape[0] * shape[1]
+    if plan.residual > entries:
+        raise ValueError(
+            f"residual={plan.residual} is above {entries}, the most for a matrix of {shape[0]} x {shape[1]}."
+        )

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .embedding import is_plain_embedding
+from .layer import PSTLayer
 from .linear import is_linear
+from .ties import shared_weights
 
 
 def find_block_linears(model: nn.Module) -> list[str]:
@@ -48,6 +51,32 @@ def find_block_linears(model: nn.Module) -> list[str]:
     suffixes = set(inside.values())
     ambiguous = any(f".{name}".endswith(f".{suffix}") for name in outside for suffix in suffixes)
     return sorted(inside if ambiguous else suffixes)
+
+
+def find_token_embeddings(model: nn.Module) -> list[str]:
+    """Names of the token embeddings that may be updated: those whose weight and whose lookup are nobody else's.
+
+    Args:
+        model: any module; only one that names its input embeddings, as transformers' models do, can have some.
+
+    Returns:
+        The full name, alone; empty where the embeddings are tied to an output layer, look their rows up in a way of
+        their own (scaled, renormalised, with a sparse gradient), or are no table of tokens.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> sizes = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16, vocab_size=32)
+        >>> find_token_embeddings(BertModel(BertConfig(**sizes)))
+        ['embeddings.word_embeddings']
+    """
+    try:
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return []
+    names = [name for name, module in model.named_modules() if module is found]
+    base = _base_of(found) if isinstance(found, nn.Module) and not isinstance(found, PSTLayer) else None
+    is_own = is_plain_embedding(base) and (base, "weight") not in shared_weights(model)
+    return names if is_own else []
 
 
 def _without_adapter_internals(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
