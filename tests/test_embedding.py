@@ -1,0 +1,250 @@
+"""The update of token embeddings: against the formula in plain torch, in PEFT's life of an adapter, and where it is."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from peft_pst import PSTConfig, get_sparsity, parameter_groups, report_model, update_sparsity
+from peft_pst.embedding import PSTEmbeddingUpdate, updated_rows
+from peft_pst.targets import find_token_embeddings
+
+IDS = torch.tensor([[5, 9, 5, 0], [1, 2, 0, 0]])
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 32, "vocab_size": 48}
+NAME = "bert.embeddings.word_embeddings"
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**SIZES)).eval()
+
+
+def llama(tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=tied)).eval()
+
+
+def adapted(base: nn.Module | None = None, **options: object) -> PeftModel:
+    settings = {"target_sparsity": 0.5, "r": 2, "score_rank": 2, "embedding_r": 3, **options}
+    return get_peft_model(bert() if base is None else base, PSTConfig(**settings))
+
+
+def embedding_of(model: nn.Module) -> PSTEmbeddingUpdate:
+    (found,) = (module for module in model.modules() if isinstance(module, PSTEmbeddingUpdate))
+    return found
+
+
+def shake(model: nn.Module, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "pst_" in name:
+                parameter += torch.randn(parameter.shape, generator=generator) * 0.1
+        for module in model.modules():
+            if isinstance(module, PSTEmbeddingUpdate) and module.get_base_layer().padding_idx is not None:
+                for U in module.pst_embedding_U.values():
+                    U[module.get_base_layer().padding_idx] = 0.0  # as it stays in training
+
+
+def slow_rows(weight: Tensor, U: Tensor, V: Tensor, beta: float, ids: Tensor) -> Tensor:
+    """One row after another, in float64."""
+    table = [weight[token].double() + beta * sum(u * v for u, v in zip(U[token].double(), V.double(), strict=True))
+             for token in range(len(weight))]  # fmt: skip
+    return torch.stack(table)[ids]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 5), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_a_row_is_the_same_by_itself_and_among_all(tokens: int, dim: int, r: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(tokens * 100 + dim)
+    rows, U, V = (torch.randn(shape, generator=generator) for shape in ((tokens, dim), (tokens, r), (r, dim)))
+    rows = rows.to(dtype)
+    whole = updated_rows(rows, U, V, 0.7)
+    assert whole.dtype == dtype
+    alone = torch.stack([updated_rows(rows[i], U[i], V, 0.7) for i in range(tokens)])
+    assert torch.equal(alone, whole)
+    expected = slow_rows(rows, U, V, 0.7, torch.arange(tokens))
+    assert torch.allclose(whole.double(), expected, atol=1e-5 if dtype == torch.float32 else 0.06)
+
+
+def test_lookup_and_gradients_are_those_of_the_formula() -> None:
+    model = adapted(beta=0.5)
+    layer = embedding_of(model)
+    shake(layer)
+    table, U, V = (
+        tensor.detach().clone().requires_grad_()
+        for tensor in (layer.weight, layer.pst_embedding_U["default"], layer.pst_embedding_V["default"])
+    )
+    expected = nn.functional.embedding(IDS, table + 0.5 * U @ V, padding_idx=0)
+    found = layer(IDS)
+    assert torch.allclose(found, expected, atol=1e-6)
+    (found * torch.arange(16)).sum().backward()
+    (expected * torch.arange(16)).sum().backward()
+    assert torch.allclose(layer.pst_embedding_U["default"].grad, U.grad, atol=1e-4)
+    assert torch.allclose(layer.pst_embedding_V["default"].grad, V.grad, atol=1e-4)
+    assert layer.pst_embedding_U["default"].grad.any()
+    assert layer.weight.grad is None
+
+
+def test_the_model_starts_unchanged_and_is_dense_again_when_disabled() -> None:
+    base = bert()
+    model = adapted(copy.deepcopy(base)).eval()
+    assert torch.equal(model(input_ids=IDS).logits, base(input_ids=IDS).logits)
+    shake(model)
+    assert not torch.equal(model(input_ids=IDS).logits, base(input_ids=IDS).logits)
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=IDS).logits, base(input_ids=IDS).logits)
+
+
+def test_saved_loaded_merged_and_unmerged_bit_for_bit(tmp_path: Path) -> None:
+    base = bert()
+    model = adapted(copy.deepcopy(base), task_type="SEQ_CLS")
+    update_sparsity(model, 10, 10)
+    shake(model)
+    model.eval()
+    expected = model(input_ids=IDS).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert loaded.peft_config["default"].embedding_modules == [NAME]
+    assert torch.equal(loaded(input_ids=IDS).logits, expected)
+    model.merge_adapter()
+    assert torch.equal(model(input_ids=IDS).logits, expected)
+    model.unmerge_adapter()
+    assert torch.equal(embedding_of(model).weight, base.get_input_embeddings().weight)
+    assert torch.equal(model(input_ids=IDS).logits, expected)
+    plain = model.merge_and_unload(safe_merge=True)
+    assert type(plain.get_input_embeddings()) is nn.Embedding
+    assert torch.equal(plain(input_ids=IDS).logits, expected)
+    assert torch.equal(plain.get_input_embeddings().weight[0], base.get_input_embeddings().weight[0])  # the padding
+
+
+def test_a_broken_update_is_not_merged() -> None:
+    model = adapted()
+    embedding_of(model).pst_embedding_V["default"].data.fill_(torch.nan)
+    embedding_of(model).pst_embedding_U["default"].data.fill_(1.0)
+    before = embedding_of(model).weight.clone()
+    with pytest.raises(ValueError, match="NaNs detected"):
+        embedding_of(model).merge(safe_merge=True)
+    assert torch.equal(embedding_of(model).weight, before)
+
+
+def test_embeddings_are_never_pruned_and_not_counted() -> None:
+    model = adapted(llama())
+    assert update_sparsity(model, 10, 10) == get_sparsity(model) == 0.5
+    assert report_model(model).sparsity == 0.5
+    assert not any("embed" in row.name for row in report_model(model).layers)
+    embedding_of(model).merge()
+    assert not (embedding_of(model).weight == 0).any()
+
+
+def test_several_adapters_add_their_updates() -> None:
+    model = adapted()
+    model.add_adapter("second", PSTConfig(embedding_r=2, beta=2.0))
+    layer = embedding_of(model)
+    shake(layer)
+    alone = {}
+    for name in ("default", "second"):
+        layer.set_adapter(name)
+        alone[name] = layer(IDS) - layer.base_layer(IDS)
+    layer.set_adapter(["default", "second"])
+    assert torch.allclose(layer(IDS), layer.base_layer(IDS) + alone["default"] + alone["second"], atol=1e-5)
+    both = layer.eval()(IDS)
+    layer.merge()
+    assert torch.equal(layer(IDS), both)
+    layer.unmerge()
+    model.delete_adapter("second")
+    assert list(layer.pst_embedding_U) == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "expected"),
+    [
+        (bert, {}, [NAME]),
+        (llama, {}, ["model.embed_tokens"]),
+        (lambda: llama(tied=True), {}, []),
+        (lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=48)), {}, []),
+        (bert, {"r": 0}, None),
+        (bert, {"embedding_r": 0}, None),
+        (bert, {"modules_to_save": ["word_embeddings"]}, []),
+        (bert, {"target_modules": ["query"]}, None),
+        (bert, {"target_modules": ["query"], "embedding_modules": ["word_embeddings"]}, ["word_embeddings"]),
+    ],
+)
+def test_which_embeddings_are_updated(base, options, expected) -> None:  # type: ignore[no-untyped-def]
+    model = adapted(base(), **options)
+    assert model.peft_config["default"].embedding_modules == expected
+    found = [name for name, module in model.named_modules() if isinstance(module, PSTEmbeddingUpdate)]
+    assert len(found) == len(expected or [])
+
+
+def test_the_published_setting_leaves_embeddings_alone() -> None:
+    assert PSTConfig.paper().embedding_r == PSTConfig.dsee().embedding_r == 0
+
+
+def test_other_lookups_are_left_alone() -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return 4 * super().forward(input)
+
+    base = bert()
+    for other in (Scaled(48, 16), nn.Embedding(48, 16, max_norm=1.0), nn.Embedding(48, 16, sparse=True)):
+        base.set_input_embeddings(other)
+        assert find_token_embeddings(base) == []
+    assert find_token_embeddings(nn.Linear(2, 2)) == []
+
+
+def test_the_update_learns_at_the_rate_of_the_others() -> None:
+    groups = {group["name"]: group["params"] for group in parameter_groups(adapted(), lr=1.0)}
+    layer = embedding_of(adapted())
+    sizes = [parameter.shape for parameter in groups["weight_update"]]
+    assert layer.pst_embedding_U["default"].shape in sizes
+    assert layer.pst_embedding_V["default"].shape in sizes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embedding_r": -1}, "embedding_r=-1 is not a rank"),
+        ({"embedding_r": 1000}, "embedding_r=1000 is above 64"),
+        ({"embedding_r": 0, "embedding_modules": ["word_embeddings"]}, "get no update, because embedding_r=0"),
+        (
+            {"target_modules": ["query"], "embedding_modules": ["value"]},
+            "value, named in embedding_modules, is a Linear",
+        ),
+    ],
+)
+def test_what_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        adapted(**options)
+
+
+def test_tied_embeddings_are_refused_where_they_are_asked_for() -> None:
+    with pytest.raises(ValueError, match="are one tensor"):
+        adapted(llama(tied=True), embedding_modules=["embed_tokens"])
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    (key,) = (key for key in state if "pst_embedding_V" in key)
+    for damaged in (state[key] * torch.nan, state[key][:1].clone()):
+        save_file({**state, key: damaged}, path)
+        with pytest.raises(ValueError, match=f"Layer {NAME}, adapter 'default': pst_embedding_V"):
+            PeftModel.from_pretrained(bert(), tmp_path)
