@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import StoredTensor, checkpoint_files, stored_tensors
+from .embedding import PSTEmbeddingUpdate
 from .hosts import PSTHost
 from .layer import PSTLayer
 from .masking import unpack_mask
@@ -268,6 +269,10 @@ def _of_module(module: nn.Module, name: str, without: Collection[str] = ()) -> I
     prefix = f"{name}." if name else ""
     if isinstance(module, PSTLayer):
         yield name, _Matrix(tuple(whole_shape(module._stored)), partial(_zeros_of_layers, [module]))
+        return
+    if isinstance(module, PSTEmbeddingUpdate):
+        shape = tuple(module.get_base_layer().weight.shape)  # type: ignore[arg-type]
+        yield name, _Matrix(shape, lambda shape: _is_zero(module.get_weight_in_force()))
         return
     if isinstance(module, PSTHost):
         for part, matrices in module.matrices.items():

@@ -18,7 +18,7 @@ from .sharding import copy_of, replace_values, whole
 from .tuner_layer import PSTTunerLayer
 
 
-def updated_rows(rows: Tensor, U: Tensor, V: Tensor, beta: float = 1.0) -> Tensor:
+def updated_rows(rows: Tensor, U: Tensor, V: Tensor, beta: float = 1.0, *, keep_zeros: bool = False) -> Tensor:
     """rows + beta U V, each entry summed in one order, whatever the number of rows.
 
     A matrix product would sum in another order for a few rows than for many, and what is looked up would differ in its
@@ -29,6 +29,7 @@ def updated_rows(rows: Tensor, U: Tensor, V: Tensor, beta: float = 1.0) -> Tenso
         U: the rows' own coefficients, (..., r).
         V: what all rows share, (r, dim).
         beta: scale of the update.
+        keep_zeros: whether what is zero stays zero.
 
     Returns:
         (..., dim), in the dtype of `rows`.
@@ -41,7 +42,7 @@ def updated_rows(rows: Tensor, U: Tensor, V: Tensor, beta: float = 1.0) -> Tenso
     updated = rows.to(score_dtype(rows.dtype))
     for column, direction in zip(U.to(updated.dtype).unbind(-1), V.to(updated.dtype).unbind(0), strict=True):
         updated = torch.addcmul(updated, column.unsqueeze(-1), direction, value=beta)
-    return updated.to(rows.dtype)
+    return (updated.where(rows != 0, 0) if keep_zeros else updated).to(rows.dtype)
 
 
 def is_plain_embedding(module: object) -> bool:
@@ -98,7 +99,7 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
     """
 
     adapter_layer_names = ("pst_embedding_U", "pst_embedding_V")
-    other_param_names = ("pst_betas",)
+    other_param_names = ("pst_configs",)
 
     def __init__(self, base_layer: nn.Embedding, adapter_name: str, config: PSTConfig, module_name: str) -> None:
         super().__init__()
@@ -106,7 +107,7 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         self.module_name = module_name
         self.pst_embedding_U = nn.ParameterDict()
         self.pst_embedding_V = nn.ParameterDict()
-        self.pst_betas: dict[str, float] = {}
+        self.pst_configs: dict[str, PSTConfig] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._dense_weight: Tensor | None = None  # the base weight while an adapter is merged
@@ -128,7 +129,7 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
             check_rank("embedding_r", config.embedding_r, (tokens, dim))
         except ValueError as error:
             raise ValueError(f"Layer {self.module_name}: {error}") from error
-        self.pst_betas[adapter_name] = config.beta
+        self.pst_configs[adapter_name] = config
         self.pst_embedding_U[adapter_name] = nn.Parameter(torch.zeros(tokens, config.embedding_r))
         self.pst_embedding_V[adapter_name] = nn.Parameter(torch.empty(config.embedding_r, dim))
         self._reset_parameters(adapter_name, config)
@@ -156,9 +157,19 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         names = self._in_force()
         embedded = self.base_layer(input)
         for name in names:
-            coefficients = F.embedding(input, self.pst_embedding_U[name], self._base.padding_idx)
-            embedded = updated_rows(embedded, coefficients, self.pst_embedding_V[name], self.pst_betas[name])
+            U = F.embedding(input, self.pst_embedding_U[name], self._base.padding_idx)
+            embedded = self._updated(embedded, U, self.pst_embedding_V[name], name)
         return embedded
+
+    def _updated(self, rows: Tensor, U: Tensor, V: Tensor, adapter_name: str) -> Tensor:
+        config = self.pst_configs[adapter_name]
+        return updated_rows(rows, U, V, config.beta, keep_zeros=config.keep_zeros)
+
+    def get_weight_in_force(self) -> Tensor:
+        """What is looked up now, (num_embeddings, embedding_dim)."""
+        if self.merged or self.disable_adapters:
+            return whole(self._base.weight.detach())
+        return self._updated_weight([name for name in self.active_adapters if name in self.pst_embedding_U])
 
     # Merging
 
@@ -189,9 +200,11 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         weight = whole(stored if self._dense_weight is None else self._dense_weight.to(stored.device, stored.dtype))
         updated = weight.clone()
         for name in adapter_names:
-            U, V = whole(self.pst_embedding_U[name]).to(weight.device), whole(self.pst_embedding_V[name])
+            U, V = (
+                whole(factor).to(weight.device) for factor in (self.pst_embedding_U[name], self.pst_embedding_V[name])
+            )
             for block in row_blocks(0, weight.shape[0], weight.shape[1], CACHE_NUMEL):
-                updated[block] = updated_rows(updated[block], U[block], V.to(weight.device), self.pst_betas[name])
+                updated[block] = self._updated(updated[block], U[block], V, name)
         return updated
 
     def unmerge(self) -> None:

@@ -21,7 +21,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from peft_pst import PSTConfig, get_sparsity, parameter_groups, report_model, update_sparsity
+from peft_pst import PSTConfig, compare_sparsity, get_sparsity, parameter_groups, report_model, update_sparsity
 from peft_pst.embedding import PSTEmbeddingUpdate, updated_rows
 from peft_pst.targets import find_token_embeddings
 
@@ -67,6 +67,20 @@ def slow_rows(weight: Tensor, U: Tensor, V: Tensor, beta: float, ids: Tensor) ->
     table = [weight[token].double() + beta * sum(u * v for u, v in zip(U[token].double(), V.double(), strict=True))
              for token in range(len(weight))]  # fmt: skip
     return torch.stack(table)[ids]
+
+
+def test_comparing_sees_the_updated_rows() -> None:
+    """An embedding with zeros of its own loses them to an update, and the comparison says so before merging."""
+    base = bert()
+    with torch.no_grad():
+        base.get_input_embeddings().weight[1:, 0] = 0
+    masks = {NAME: base.get_input_embeddings().weight != 0}
+    model = adapted(base)
+    assert compare_sparsity(model, masks).lost == 0
+    shake(embedding_of(model))
+    assert compare_sparsity(model, masks).lost == 47  # not the padding's
+    with model.disable_adapter():
+        assert compare_sparsity(model, masks).lost == 0
 
 
 @settings(max_examples=40, deadline=None)
@@ -151,6 +165,22 @@ def test_embeddings_are_never_pruned_and_not_counted() -> None:
     assert not any("embed" in row.name for row in report_model(model).layers)
     embedding_of(model).merge()
     assert not (embedding_of(model).weight == 0).any()
+
+
+def test_zeros_of_the_base_stay_where_they_are_to() -> None:
+    base = bert()
+    with torch.no_grad():
+        base.get_input_embeddings().weight[:, ::2] = 0
+    model = adapted(base, keep_zeros=True)
+    shake(embedding_of(model))
+    layer = embedding_of(model).eval()
+    assert not layer(IDS)[..., ::2].any()
+    assert layer(IDS)[..., 1::2][IDS != 0].all()
+    expected = layer(IDS)
+    assert torch.equal(layer.get_weight_in_force()[IDS], expected)
+    layer.merge()
+    assert torch.equal(layer(IDS), expected)
+    assert torch.equal(layer.get_weight_in_force(), layer.weight)
 
 
 def test_several_adapters_add_their_updates() -> None:
