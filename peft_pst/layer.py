@@ -74,8 +74,6 @@ class PSTLayer(PSTTunerLayer):
 
     adapter_layer_names = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C", "pst_S")
     other_param_names = ("pst_num_pruned", "pst_mask", "pst_positions", "pst_plans")
-    # PEFT's `disable_input_dtype_casting` sets this. Inputs are never cast here, as the base layer does not.
-    cast_input_dtype_enabled = True
 
     num_parts = 1  # matrices that a layer of this class is made of, if the configuration says nothing else
     base_layer: nn.Module

@@ -97,6 +97,17 @@ def adapted_modules(model: nn.Module, state: Iterable[str]) -> set[str]:
     return adapted
 
 
+def updated_embeddings(state: Iterable[str]) -> list[str]:
+    """Names of the embeddings that an adapter's tensors update, with the same names as `adapted_modules`.
+
+    Example:
+        >>> updated_embeddings(["tokens.pst_embedding_U", "tokens.pst_embedding_V", "layers.0.pst_U"])
+        ['tokens']
+    """
+    names = {name.partition(".pst_embedding_")[0] for name in state if ".pst_embedding_" in name}
+    return sorted(name.removeprefix("_orig_mod.") for name in names)
+
+
 def _base_of(module: nn.Module | None) -> nn.Module | None:
     return getattr(module, "base_layer", module)
 

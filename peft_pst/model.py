@@ -19,7 +19,7 @@ from .group_selection import couple
 from .hosts import PSTHost, PSTMultiheadAttention
 from .kinds import check_parameter, kind_of
 from .layer import PSTLayer
-from .loading import adapted_modules, check_stored_adapter
+from .loading import adapted_modules, check_stored_adapter, updated_embeddings
 from .nesting import check_not_nested, mark_pruned
 from .plan import LayerPlan, ScheduleStatus
 from .quantised import PSTQuantisedLinear, backend_of, dequantise_the_rest
@@ -87,11 +87,6 @@ class PSTModel(BaseTuner):
                 found = find_token_embeddings(self.model)
                 peft_config.embedding_modules = [name for name in found if not _is_named(name, saved)]
         return peft_config
-
-    @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        found = BaseTuner._check_target_module_exists(peft_config, key)
-        return found or _is_named(key, peft_config.embedding_modules or ())
 
     def _create_and_replace(
         self,
@@ -191,30 +186,36 @@ class PSTModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         if state_dict is not None and not config.target_parameters:  # which PEFT refuses itself
             self._named = adapted_modules(model, state_dict)
+            if config.embedding_modules is None:
+                config.embedding_modules = updated_embeddings(state_dict)
             state_dict = {f"{name}.{self.prefix}": torch.empty(0) for name in self._named}
         self._hosts = [name for name, module in model.named_modules() if isinstance(module, PSTHost)]
         # The one object that all layers of the adapter now being injected share.
         self._status = ScheduleStatus()
         self._shared = shared_weights(model)
-        with warnings.catch_warnings():
-            # PEFT knows no parameters by name; `_warn_about_unmatched_patterns` looks after this pattern too.
-            warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
+        with _taken_back_if_it_fails(model, adapter_name):
+            with warnings.catch_warnings():
+                # PEFT knows no parameters by name; `_warn_about_unmatched_patterns` looks after this pattern too.
+                warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+                super().inject_adapter(
+                    model,
+                    adapter_name,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                    state_dict=state_dict,
+                )
+            _prepare_selection(model, adapter_name)
         names = {name for layer in pst_layers(model) if adapter_name in layer.pst_plans for name in layer.pattern_names}
         _warn_about_unmatched_patterns(self.peft_config[adapter_name], names)
-        _prepare_selection(model, adapter_name)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]  # PEFT's is static
         # A further adapter comes to what a host holds through the host; its matrices are named by numbers.
         if any(key == f"{host}.base_layer" or f"{key}.".startswith(f"{host}.matrices.") for host in self._hosts):
             return False
-        return super()._check_target_module_exists(peft_config, key)
+        found = super()._check_target_module_exists(peft_config, key)
+        # What is excluded stays so; PEFT says it by an object of its own.
+        is_open = found is None or found is False
+        return _is_named(key, peft_config.embedding_modules or ()) if is_open else found
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         """PEFT warns by name of layers that may be tied; those that are are refused by identity when adapted."""
@@ -356,10 +357,30 @@ class PSTModel(BaseTuner):
         yield
 
 
+@contextmanager
+def _taken_back_if_it_fails(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Put every module back in its place if not all of them can be adapted."""
+    places = [(holder, name, child) for holder in model.modules() for name, child in holder.named_children()]
+    try:
+        yield
+    except Exception:
+        for holder, name, child in places:
+            setattr(holder, name, child)
+        for layer in model.modules():
+            if isinstance(layer, PSTTunerLayer) and adapter_name in layer._get_available_adapters():
+                layer.delete_adapter(adapter_name)
+        raise
+
+
 def _prepare_selection(model: nn.Module, adapter_name: str) -> None:
     """Once all layers are there: see which are selected together and whether they can be, and start them."""
     layers = {layer.module_name: layer for layer in pst_layers(model) if adapter_name in layer.pst_plans}
     if not layers:
+        if any(isinstance(module, PSTEmbeddingUpdate) for module in model.modules()):
+            raise ValueError(
+                "No layer is left to prune, only embeddings to update; mend target_modules or exclude_modules, or use "
+                "LoRA, which prunes nothing."
+            )
         return  # PEFT says so
     couple(model, adapter_name, layers)
     plans = {name: layer.pst_plans[adapter_name] for name, layer in layers.items()}

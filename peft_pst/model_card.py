@@ -128,7 +128,7 @@ def stored_zeros(file: Path) -> StoredZeros | None:
     with safe_open(file, framework="pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118  # not a dict
             layer, _, part = key.rpartition(".")
-            if part.startswith("pst_"):
+            if part.startswith("pst_") and not part.startswith("pst_embedding_"):
                 layers[layer][part] = tuple(tensors.get_slice(key).get_shape())
             if part == "pst_num_pruned":
                 zeros += int(tensors.get_tensor(key).sum())

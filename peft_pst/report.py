@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import StoredTensor, checkpoint_files, floating_tensors, is_compact, stored_tensors
+from .embedding import PSTEmbeddingUpdate
 from .group_selection import entries
 from .json_file import write_json
 from .layer import PSTLayer
@@ -32,6 +33,9 @@ from .units import units
 
 REPORT_NAME = "pst_report.json"
 """The file beside a merged checkpoint's weights that keeps the promise and the target of each layer."""
+
+
+_TRAINED = ("modules_to_save", *PSTLayer.adapter_layer_names, *PSTEmbeddingUpdate.adapter_layer_names)
 
 
 @dataclass(frozen=True)
@@ -283,7 +287,7 @@ target_zeros=None, shares_target=False)
         total_parameters=sum(
             parameter.numel()
             for name, parameter in model.named_parameters()
-            if not {"modules_to_save", *PSTLayer.adapter_layer_names}.intersection(name.split("."))
+            if not set(_TRAINED).intersection(name.split("."))
         ),
         trainable_parameters=sum(_count_adapter_parameters(model, name) for name in names),
     )

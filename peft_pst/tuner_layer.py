@@ -12,6 +12,8 @@ class PSTTunerLayer(BaseTunerLayer):
     """A layer with PST adapters, whether it prunes or not; PEFT switches, deletes and freezes all of them alike."""
 
     module_name: str  # of the base layer, in the plain model
+    # PEFT's `disable_input_dtype_casting` sets this. Inputs are never cast here, as the base layer does not.
+    cast_input_dtype_enabled = True
 
     @contextmanager
     def refusing_damage(self, adapter_name: str) -> Iterator[None]:

@@ -382,6 +382,8 @@ def test_pst_options_come_from_the_config() -> None:
         "r": 4,
         "score_rank": 0,
         "structured": True,
+        "embedding_r": 4,
+        "embedding_modules": ["word_embeddings"],
         "residual": 16,
         "residual_positions": "magnitude",
         "beta": 2.0,

@@ -34,7 +34,12 @@ def test_groups_rates_and_decay() -> None:
         "head_no_decay": (1e-4, 0.0),
     }
     members = {group["name"]: names_of(model, group["params"]) for group in groups}
-    assert {name.split(".")[-2] for name in members["weight_update"]} == {"pst_U", "pst_V"}
+    assert {name.split(".")[-2] for name in members["weight_update"]} == {
+        "pst_U",
+        "pst_V",
+        "pst_embedding_U",
+        "pst_embedding_V",
+    }
     assert {name.split(".")[-2] for name in members["scores"]} == {"pst_A", "pst_B", "pst_R", "pst_C"}
     assert members["head"] == {"base_model.model.classifier.modules_to_save.default.weight"}
     assert all(name.endswith("bias") for name in members["head_no_decay"])
@@ -90,7 +95,7 @@ def test_the_optimizer_steps_every_group_at_its_rate() -> None:
         if not parameter.requires_grad:
             assert torch.equal(parameter, before[name]), name
             continue
-        is_head, is_update = "classifier" in name, ".pst_U." in name or ".pst_V." in name
+        is_head, is_update = "classifier" in name, name.split(".")[-2][-2:] in ("_U", "_V")
         rate = 0.0 if is_head else 1e-2 if is_update else 1e-1
         torch.testing.assert_close(parameter.detach(), before[name] - rate * parameter.grad, rtol=1e-6, atol=1e-7)
 

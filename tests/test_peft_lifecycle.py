@@ -158,13 +158,13 @@ def test_an_adapter_that_is_not_active_does_not_train(dtype: torch.dtype) -> Non
 
 def test_trainable_count_of_bert_base() -> None:
     with torch.device("meta"):
-        model = get_peft_model(BertModel(BertConfig()), PSTConfig(r=8, score_rank=8))
-    assert model.get_nb_trainable_parameters()[0] == 2_820_096
+        model = get_peft_model(BertModel(BertConfig()), PSTConfig(r=8, score_rank=8, embedding_r=4))
+    assert model.get_nb_trainable_parameters()[0] == 2_820_096 + 4 * (30522 + 768)
 
 
 def test_trainable_count_of_gpt2() -> None:
     with torch.device("meta"):
-        model = get_peft_model(GPT2Model(GPT2Config()), PSTConfig(r=8, score_rank=8))
+        model = get_peft_model(GPT2Model(GPT2Config()), PSTConfig(r=8, score_rank=8, embedding_r=0))
     per_block = (2304 + 768) + (768 + 768) + (3072 + 768) + (768 + 3072)  # query, key and value are one matrix
     assert model.get_nb_trainable_parameters()[0] == 12 * 17 * per_block
 

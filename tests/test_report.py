@@ -131,7 +131,7 @@ def test_parameters_are_counted_as_trained_and_as_in_the_plain_model(task_type, 
 
 def test_bert_base_trains_the_number_of_the_paper():
     with torch.device("meta"):
-        model = get_peft_model(BertForSequenceClassification(BertConfig()), PSTConfig())
+        model = get_peft_model(BertForSequenceClassification(BertConfig()), PSTConfig.paper())
         assert peft_pst.report._count_adapter_parameters(model, "default") == 2_820_096
 
 
