@@ -175,7 +175,7 @@ def test_damaged_or_missing_weights(bert, adapter, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"hidden_size": 24}, r"query.pst_U is (16, 2) in the adapter and would be (24, 2) on the base"),
+        ({"hidden_size": 24}, r".pst_embedding_V is (8, 16) in the adapter and would be (8, 24) on the base"),
         ({"num_hidden_layers": 3}, "is not in the adapter (42 tensors differ)"),
         ({"num_hidden_layers": 1}, "has no place on the base (42 tensors differ)"),
     ],
