@@ -271,7 +271,7 @@ def _of_module(module: nn.Module, name: str, without: Collection[str] = ()) -> I
         yield name, _Matrix(tuple(whole_shape(module._stored)), partial(_zeros_of_layers, [module]))
         return
     if isinstance(module, PSTEmbeddingUpdate):
-        shape = tuple(module.get_base_layer().weight.shape)  # type: ignore[arg-type]
+        shape = tuple(whole_shape(module.weight))
         yield name, _Matrix(shape, lambda shape: _is_zero(module.get_weight_in_force()))
         return
     if isinstance(module, PSTHost):

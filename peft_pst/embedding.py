@@ -14,7 +14,7 @@ from .blocks import CACHE_NUMEL, row_blocks
 from .config import PSTConfig
 from .plan import check_rank
 from .scoring import score_dtype
-from .sharding import copy_of, replace_values, whole
+from .sharding import copy_of, replace_values, whole, whole_shape
 from .tuner_layer import PSTTunerLayer
 
 
@@ -124,7 +124,7 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         Raises:
             ValueError: if the rank is above what the embedding's size allows.
         """
-        tokens, dim = self._base.weight.shape
+        tokens, dim = whole_shape(self._base.weight)
         try:
             check_rank("embedding_r", config.embedding_r, (tokens, dim))
         except ValueError as error:
