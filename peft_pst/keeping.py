@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .layer import PSTLayer
 from .masking import count_zeros
 
 
@@ -64,7 +65,10 @@ def merge_keeping_zeros(
     kept: dict[str, KeptZeros] = {}
     for name, layer in tqdm(layers, desc="merging", unit="layer", disable=not progressbar):
         with onload_layer(layer):
-            kept |= _merge_layer(name, layer, adapter_names)
+            for weight, (zeros, refilled) in _merge_layer(name, layer, adapter_names).items():
+                # Several layers may stand for one module, each merging another of its weights.
+                before = kept[weight].refilled if weight in kept else 0
+                kept[weight] = KeptZeros(zeros, before + refilled)
     return model.base_model.unload(), kept  # type: ignore[operator]
 
 
@@ -87,7 +91,7 @@ def _check_mergeable(name: str, layer: Any) -> None:
             f"Layer {name}: adapters {layer.merged_adapters} are merged already, so the zeros of the base are no "
             "longer known; call unmerge_adapter() first."
         )
-    if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
+    if isinstance(layer.get_base_layer(), nn.MultiheadAttention) and not isinstance(layer, PSTLayer):
         raise ValueError(
             f"Layer {name}: PEFT takes the weights of torch.nn.MultiheadAttention apart while an adapter is on it; "
             "merge it with merge_and_unload() and prune again."
@@ -112,7 +116,8 @@ def _merge_layer(name: str, layer: Any, adapter_names: Sequence[str] | None) -> 
     layer.merge(adapter_names=None if adapter_names is None else list(adapter_names))
     if not layer.merged:
         return {}  # none of these adapters is on this layer
-    plain = name.replace(".base_layer", "")  # where two adapters wrap parameters of one module
+    # Where two adapters wrap parameters of one module, or one of ours is on a parameter of it.
+    plain = name.partition(".matrices.")[0].replace(".base_layer", "")
     return {
         f"{plain}.{part}" if plain else part: _restore(weight, zero[part]) for part, weight in _matrices(layer).items()
     }

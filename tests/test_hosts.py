@@ -11,14 +11,15 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_base_layers import oracle_adapter, relative_error
 from tiny_models import assert_same_tensors, layers_of, shake, snapshot
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from peft_pst import PSTConfig, num_pruned, prune_once, report_model, update_sparsity
+from peft_pst import PSTConfig, merge_keeping_zeros, num_pruned, prune_once, report_model, update_sparsity
+from peft_pst.keeping import KeptZeros
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -344,6 +345,24 @@ def test_patterns_keyed_by_a_parameter_do_not_warn() -> None:
         ranks[name] = (len(layer.pst_V["default"]), len(layer.pst_B["default"]))
     assert ranks == expected
     assert {len(layer.pst_V["default"]) for layer in layers_of(attending).values()} == {1, 8}
+
+
+def test_zeros_are_kept_and_counted_where_a_module_holds_several_weights() -> None:
+    pruned = sparse_mixtral().merge_and_unload()
+    zeros = {name: int((p == 0).sum()) for name, p in pruned.named_parameters() if "experts" in name}
+    merged, kept = merge_keeping_zeros(sparse_mixtral())
+    assert torch.equal(logits(merged), logits(pruned))
+    assert kept == {name: KeptZeros(count, 0) for name, count in zeros.items()}
+    lora = LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS, init_lora_weights=False)
+    with pytest.warns(UserWarning, match="weights that PST has pruned"):
+        model = get_peft_model(pruned, lora)
+    merged, kept = merge_keeping_zeros(model)
+    assert kept == {name: KeptZeros(count, count) for name, count in zeros.items()}
+    attending, inputs = adapted(attention({})), batch({})
+    before = output(attending, *inputs)
+    merged, kept = merge_keeping_zeros(attending)
+    assert torch.equal(output(merged, *inputs), before)
+    assert set(kept) == {"attn.in_proj_weight", "attn.out_proj.weight"}
 
 
 def test_held_masks_of_experts() -> None:
