@@ -82,6 +82,11 @@ CASES = {
     "kept zeros": Case(base=HalfZeroNet, keep_zeros=True),
     "kept zeros, held": Case(base=HalfZeroNet, keep_zeros=True, mask_interval=None, target_sparsity=0.5),
     "bf16 base": Case(dtype=torch.bfloat16),
+    "bf16 base, checkpointed, offloaded": Case(
+        dtype=torch.bfloat16,
+        base=CheckpointedNet,
+        shard={"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+    ),
     "n of m": Case(pattern="2:4", target_sparsity=0.5),
     "columns": Case(pattern="columns"),
     "one budget": Case(scope="global"),
