@@ -14,7 +14,8 @@ PACKAGES = ("torch", "peft", "transformers", "accelerate", "sentence-transformer
 
 NOTE = """
 With transformers 5.14 and older, whose Trainer has a `warmup_ratio` of its own, the command line calls PST's
-`--pst_warmup_ratio`. The torch of both columns is the one that the tests run with.
+`--pst_warmup_ratio`. With 5.17 and older, a Trainer of several processes on CPUs cannot resume from a checkpoint. The
+torch of both columns is the one that the tests run with.
 """
 
 INTRODUCTION = """# Compatibility
