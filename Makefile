@@ -22,7 +22,7 @@ test-gpu: $(VENV)/test.stamp  ## what needs a CUDA device
 test-oldest:  ## the quick suite with the oldest PEFT and transformers that are supported, in an environment of its own
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
-INTEGRATIONS := tests/test_integrations.py tests/test_quantised.py tests/test_exporters.py tests/test_sparse_kernels.py
+INTEGRATIONS := tests/test_integrations.py tests/test_quantised.py tests/test_quantised_memory.py tests/test_exporters.py tests/test_sparse_kernels.py
 
 test-integrations: $(VENV)/integrations.stamp  ## real runs in TRL, diffusers and others; quantised bases; ONNX, OpenVINO, MKL
 	$(BIN)/python -m pytest -m "not gpu" $(INTEGRATIONS)
@@ -63,6 +63,9 @@ benchmark-inference: $(VENV)/integrations.stamp  ## what zeros buy at inference,
 	$(INFERENCE) layers --threads 2
 	$(INFERENCE) models
 	$(INFERENCE) runtimes
+
+benchmark-quantised: $(VENV)/integrations.stamp  ## what training on a quantised base takes in memory (ten minutes)
+	$(BIN)/python benchmarks/quantised_memory.py --output benchmarks/results/quantised_memory
 
 SETTINGS ?= benchmarks/results/settings/minilm-sst2.yaml
 RESULTS := $(BIN)/python -m benchmarks.results

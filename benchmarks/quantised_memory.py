@@ -4,19 +4,20 @@
     python benchmarks/quantised_memory.py --device cuda --precision bf16 \\
         --width 4096 --intermediate 11008 --layers 8 --tokens 2048
 
-A few steps of a Llama's blocks, each base and method in a fresh process and, as QLoRA has it, every block checkpointed,
-unless --no-checkpointing says otherwise. Memory is the peak of a step with the base in it: the allocator's own count on
-a GPU, the resident set on a CPU (Linux). docs/quantisation.md has the formula that PST is compared with.
+A few steps of a Llama's blocks, each base and method in a process of its own and, as QLoRA has it, every block
+checkpointed, unless --no-checkpointing says otherwise. Memory is the peak of a step with the base in it: the
+allocator's own count on a GPU, the resident set on a CPU (Linux). docs/quantisation.md has the formula that PST is
+compared with.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
-import json
-import os
-import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ STEPS = 2
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     pairs = [(base, method) for base in options.bases for method in COMPARED]
-    measured = {pair: in_fresh_process(*pair, options) for pair in tqdm(pairs, leave=False)}
+    measured = {pair: in_own_process(*pair, options) for pair in tqdm(pairs, leave=False)}
     rows = []
     for (base, method), found in measured.items():
         peak, plain, lora = (measured[key]["peak"] for key in ((base, method), (PLAIN, method), (base, "lora")))
@@ -59,13 +60,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {**setting(options), "rows": rows}
 
 
-def in_fresh_process(base: str, method: str, options: argparse.Namespace) -> dict[str, int | None]:
-    settings = {name: value for name, value in vars(options).items() if name not in ("bases", "output", "of")}
-    command = [sys.executable, __file__, "--of", json.dumps({**settings, "base": base, "method": method})]
-    # Every tensor in pages of its own, which go back to the system when it does.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(finished.stdout.splitlines()[-1])
+def in_own_process(base: str, method: str, options: argparse.Namespace) -> dict[str, int | None]:
+    """Forked, so that what is imported is imported once; this process itself computes nothing."""
+    own = argparse.Namespace(**{**vars(options), "base": base, "method": method})
+    with ProcessPoolExecutor(1, mp_context=get_context("fork"), initializer=give_back_what_is_freed) as process:
+        return process.submit(memory_of, own).result()
+
+
+def give_back_what_is_freed() -> None:
+    """Have every tensor in pages of its own, which go back to the system when it does; that costs time (Linux)."""
+    mmap_threshold = -3  # M_MMAP_THRESHOLD in glibc's malloc.h
+    ctypes.CDLL(None).mallopt(mmap_threshold, 65536)
 
 
 def memory_of(options: argparse.Namespace) -> dict[str, int | None]:
@@ -146,9 +151,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="that the layers compute in")
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=5632)
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--intermediate", type=int, default=2816)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=128, help="a sequence")
     parser.add_argument("--sparsity", type=float, default=0.9)
@@ -156,7 +161,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     installed = [how for how in QUANTISATIONS if importlib.util.find_spec(how.split("-")[0])]
     parser.add_argument("--bases", nargs="+", choices=installed, default=installed, help="beside the plain one")
     parser.add_argument("--output", type=Path, help="folder for JSON and table; by default the table is printed only")
-    parser.add_argument("--of", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.bases = [PLAIN, *options.bases]
     options.model, options.accumulate, options.mask_interval = "llama", 1, 1
@@ -165,9 +169,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    if options.of:
-        print(json.dumps(memory_of(argparse.Namespace(**options.of))))
-        return
     result = measure(options)
     print(table(result))
     if options.output:
