@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
 from .blocks import CACHE_NUMEL, row_blocks
 from .config import PSTConfig
+from .offloading import at_hand
 from .plan import check_rank
 from .scoring import score_dtype
 from .sharding import copy_of, replace_values, whole, whole_shape
@@ -114,10 +114,6 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
-    @property
-    def _base(self) -> Any:
-        return self.get_base_layer()
-
     def update_layer(self, adapter_name: str, config: PSTConfig) -> None:
         """Add an adapter, or start an existing one afresh.
 
@@ -168,7 +164,7 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
     def get_weight_in_force(self) -> Tensor:
         """What is looked up now, (num_embeddings, embedding_dim)."""
         if self.merged or self.disable_adapters:
-            return whole(self._base.weight.detach())
+            return self._own_weight()
         return self._updated_weight([name for name in self.active_adapters if name in self.pst_embedding_U])
 
     # Merging
@@ -182,6 +178,10 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.pst_embedding_U]
         if not names:
             return
+        if self._is_offloaded:
+            with onload_layer(self):  # as PEFT's own methods do, which write back what they have merged
+                self.merge(safe_merge, names)
+            return
         merged_names = self.merged_adapters + names
         merged = self._updated_weight(merged_names)
         if safe_merge and not torch.isfinite(merged).all():
@@ -190,32 +190,43 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
                 f"{self.module_name} would not be finite."
             )
         if self._dense_weight is None:
-            self._dense_weight = copy_of(self._base.weight)
-        replace_values(self._base.weight, merged)
+            self._dense_weight = copy_of(self._stored)
+        replace_values(self._stored, merged)
         self.merged_adapters = merged_names
 
     @torch.no_grad()
     def _updated_weight(self, adapter_names: list[str]) -> Tensor:
-        stored = self._base.weight.detach()
-        weight = whole(stored if self._dense_weight is None else self._dense_weight.to(stored.device, stored.dtype))
-        updated = weight.clone()
+        weight = self._own_weight() if self._dense_weight is None else whole(self._dense_weight)
+        updated = weight.to(self._device, self._stored.dtype, copy=True)
         for name in adapter_names:
-            U, V = (
-                whole(factor).to(weight.device) for factor in (self.pst_embedding_U[name], self.pst_embedding_V[name])
-            )
-            for block in row_blocks(0, weight.shape[0], weight.shape[1], CACHE_NUMEL):
+            U, V = whole(self.pst_embedding_U[name]), whole(self.pst_embedding_V[name])
+            for block in row_blocks(0, updated.shape[0], updated.shape[1], CACHE_NUMEL):
                 updated[block] = self._updated(updated[block], U[block], V, name)
         return updated
+
+    def _own_weight(self) -> Tensor:
+        """What the embedding holds now, whole and on the device where it computes."""
+        weight = at_hand(self._base, "weight")
+        if weight is None:
+            raise ValueError(f"Layer {self.module_name} has no data (meta device); load the model first.")
+        return whole(weight).detach()
 
     def unmerge(self) -> None:
         """Restore the embedding's own weight, bit for bit."""
         if self._dense_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self._base.weight
-        replace_values(weight, self._dense_weight.to(weight.device, weight.dtype))
+        if self._is_offloaded:
+            with onload_layer(self):
+                self.unmerge()
+            return
+        replace_values(self._stored, self._dense_weight.to(self._stored.device, self._stored.dtype))
         self._dense_weight = None
         self.merged_adapters = []
+
+    def train(self, mode: bool = True) -> PSTEmbeddingUpdate:
+        self.keep_adapters_at_hand()
+        return super().train(mode)
 
     def __repr__(self) -> str:
         return "pst." + super().__repr__()

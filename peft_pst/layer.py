@@ -24,8 +24,6 @@ from .masked_linear import Pruner, effective_weight
 from .masking import check_zeros, count_zeros, pack_mask, unpack_mask
 from .offloading import (
     at_hand,
-    computing_device,
-    fetch_back,
     moved_to_disk,
     offload_folder,
     offload_hook,
@@ -73,7 +71,8 @@ class PSTLayer(PSTTunerLayer):
     """
 
     adapter_layer_names = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C", "pst_S")
-    other_param_names = ("pst_num_pruned", "pst_mask", "pst_positions", "pst_plans")
+    buffer_names = ("pst_num_pruned", "pst_mask", "pst_positions")
+    other_param_names = (*buffer_names, "pst_plans")
 
     num_parts = 1  # matrices that a layer of this class is made of, if the configuration says nothing else
     base_layer: nn.Module
@@ -105,11 +104,6 @@ class PSTLayer(PSTTunerLayer):
         self._masked_weight: tuple[object, Tensor] | None = None  # for evaluation: what it was made from, weight
         self._warned_about_hooks = False
         self._handle = register_layer(self)
-
-    @property
-    def _base(self) -> Any:
-        # Typed loosely: for a type checker, every attribute of an `nn.Module` may be a tensor or a module.
-        return self.get_base_layer()
 
     # Where the matrix is stored; kinds of base layers that have it in another place or form override these
 
@@ -191,12 +185,6 @@ class PSTLayer(PSTTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         if config.holds_mask and self.has_data(adapter_name) and self.get_num_pruned(adapter_name):
             self._hold(adapter_name, self._select(adapter_name, self.get_counts(adapter_name)))
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if self._stored.is_meta and device is None:
-            # An offloaded base computes elsewhere than its weight is said to be; one to be loaded is not there yet.
-            device = self._device if self._base_has_data else torch.get_default_device()
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     @torch.no_grad()
     def _reset_parameters(self, adapter_name: str, config: PSTConfig) -> None:
@@ -433,12 +421,6 @@ class PSTLayer(PSTTunerLayer):
         tensors = [tensor if tensor is None else whole(tensor) for tensor in stored]
         return Factors._make((*tensors, self._positions(adapter_name), *scales))
 
-    def keep_adapters_at_hand(self) -> None:
-        """Fetch back what `accelerate.dispatch_model` has offloaded of the adapters: it is small, and trained."""
-        if hasattr(self._base, "_hf_hook"):
-            for part in (*self.adapter_layer_names, "pst_num_pruned", "pst_mask", "pst_positions"):
-                fetch_back(getattr(self, part))
-
     def _positions(self, adapter_name: str) -> Tensor | None:
         """The positions of the residual, looked at once when they have come from a file; None without a residual."""
         if adapter_name not in self.pst_positions:
@@ -520,19 +502,6 @@ class PSTLayer(PSTTunerLayer):
     def get_dense_weight(self) -> Tensor:
         """The base weight without any adapter, (out, in), also while merged."""
         return self._dense().detach()
-
-    @property
-    def _device(self) -> torch.device:
-        """Where the layer computes."""
-        return computing_device(self._base) if self._is_offloaded else self._stored.device
-
-    @property
-    def _is_offloaded(self) -> bool:
-        return self._stored.is_meta and offload_hook(self._base) is not None
-
-    @property
-    def _base_has_data(self) -> bool:
-        return not self._stored.is_meta or self._is_offloaded
 
     @contextmanager
     def loading_once(self) -> Iterator[None]:

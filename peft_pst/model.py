@@ -258,8 +258,9 @@ class PSTModel(BaseTuner):
         return merged
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        for layer in pst_layers(self.model):
-            layer.keep_adapters_at_hand()  # PEFT dispatches a model anew right before, if it was dispatched
+        for layer in self.model.modules():
+            if isinstance(layer, PSTTunerLayer):
+                layer.keep_adapters_at_hand()  # PEFT dispatches a model anew right before, if it was dispatched
         # PEFT puts new parameters in the place of half-precision ones, and forgets which of them were frozen.
         trains = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)

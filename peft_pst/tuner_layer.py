@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from .offloading import computing_device, fetch_back, offload_hook
 
 
 class PSTTunerLayer(BaseTunerLayer):
@@ -14,6 +19,17 @@ class PSTTunerLayer(BaseTunerLayer):
     module_name: str  # of the base layer, in the plain model
     # PEFT's `disable_input_dtype_casting` sets this. Inputs are never cast here, as the base layer does not.
     cast_input_dtype_enabled = True
+    buffer_names: tuple[str, ...] = ()  # what an adapter's state holds beside `adapter_layer_names`
+
+    @property
+    def _base(self) -> Any:
+        # Typed loosely: for a type checker, every attribute of an `nn.Module` may be a tensor or a module.
+        return self.get_base_layer()
+
+    @property
+    def _stored(self) -> Tensor:
+        """The tensor of the base layer that is adapted."""
+        return self._base.weight
 
     @contextmanager
     def refusing_damage(self, adapter_name: str) -> Iterator[None]:
@@ -25,3 +41,28 @@ class PSTTunerLayer(BaseTunerLayer):
                 f"Layer {self.module_name}, adapter {adapter_name!r}: {error} The adapter file is damaged or belongs "
                 "to another model; load the one that was saved for this base."
             ) from error
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the layer computes."""
+        return computing_device(self._base) if self._is_offloaded else self._stored.device
+
+    @property
+    def _is_offloaded(self) -> bool:
+        return self._stored.is_meta and offload_hook(self._base) is not None
+
+    @property
+    def _base_has_data(self) -> bool:
+        return not self._stored.is_meta or self._is_offloaded
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if self._stored.is_meta and device is None:
+            # An offloaded base computes elsewhere than its weight is said to be; one to be loaded is not there yet.
+            device = self._device if self._base_has_data else torch.get_default_device()
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
+    def keep_adapters_at_hand(self) -> None:
+        """Fetch back what `accelerate.dispatch_model` has offloaded of the adapters: it is small, and trained."""
+        if hasattr(self._base, "_hf_hook"):
+            for part in (*self.adapter_layer_names, *self.buffer_names):
+                fetch_back(getattr(self, part))

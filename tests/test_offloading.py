@@ -18,11 +18,12 @@ from accelerate.utils import OffloadedWeightsLoader
 from offloaded_merge import LAYER_BYTES, LAYERS
 from peft import PeftModel, get_peft_model
 from tiny_checkpoints import save_gpt2
-from tiny_models import assert_same_tensors, inputs, layers_of, masks, net, outputs, shake, snapshot
+from tiny_models import assert_same_tensors, inputs, layers_of, masks, net, outputs, shake, snapshot, tiny_bert
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from peft_pst import PSTConfig, report_model
+from peft_pst import PSTCallback, PSTConfig, report_model
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "mask of every step": {},
@@ -243,6 +244,45 @@ def test_a_merged_model_is_saved_from_its_store(checkpoint: str, tmp_path: Path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert_same_tensors(snapshot(loaded), snapshot(expected))
     assert (Path(checkpoint) / "model.safetensors").read_bytes() == before
+
+
+class Sentences(Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.arange(6).roll(index), "labels": torch.tensor(index % 3)}
+
+
+def trained_by_a_trainer(base: nn.Module, folder: Path) -> PeftModel:
+    torch.manual_seed(1)
+    model = get_peft_model(base, PSTConfig(task_type="SEQ_CLS", target_sparsity=0.6, r=2, score_rank=2))
+    arguments = TrainingArguments(
+        str(folder), max_steps=4, per_device_train_batch_size=2, learning_rate=0.05, report_to=[], use_cpu=True
+    )
+    Trainer(model, arguments, train_dataset=Sentences(), callbacks=[PSTCallback()]).train()
+    return model.eval()
+
+
+# Only a model with a device map is one that the Trainer leaves where it is.
+DEVICE_MAPS = {
+    "blocks on the disk": {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"},
+    "all but the head": {"bert": "disk", "classifier": "cpu"},
+}
+
+
+@pytest.mark.parametrize("name", DEVICE_MAPS)
+def test_a_trainer_trains_on_a_dispatched_base(tmp_path: Path, name: str) -> None:
+    expected = trained_by_a_trainer(tiny_bert(), tmp_path)
+    base = dispatch_model(tiny_bert(), DEVICE_MAPS[name], offload_dir=tmp_path / "store")
+    found = trained_by_a_trainer(base, tmp_path)
+    assert_same_tensors(adapter_tensors(found), adapter_tensors(expected))
+    assert torch.equal(found(input_ids=IDS).logits, expected(input_ids=IDS).logits)
+    found.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path / "adapter").eval()
+    assert torch.equal(loaded(input_ids=IDS).logits, expected(input_ids=IDS).logits)
+    merged = found.merge_and_unload()
+    assert torch.equal(merged(input_ids=IDS).logits, expected(input_ids=IDS).logits)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of a process")
