@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -28,6 +29,7 @@ from .masking import count_zeros, num_pruned
 from .model import pst_layers
 from .packing import compact_ratio
 from .scope import Pair
+from .sharding import whole_shape
 from .tables import sparsity_table
 from .units import units
 
@@ -285,7 +287,7 @@ target_zeros=None, shares_target=False)
         source=_plain_class_name(model),
         layers=rows,
         total_parameters=sum(
-            parameter.numel()
+            whole_shape(parameter).numel()
             for name, parameter in model.named_parameters()
             if not set(_TRAINED).intersection(name.split("."))
         ),
@@ -429,7 +431,12 @@ def _own_zeros_at_target(layer: PSTLayer, adapter_name: str) -> int:
 
 def _count_adapter_parameters(model: nn.Module, adapter_name: str) -> int:
     """Parameters in the adapter's file; what else a layer keeps there, such as its zero count, is not one."""
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    # Of empty tensors, since only their sizes are asked for, and what is sharded would be gathered.
+    sizes = {
+        name: torch.empty(whole_shape(tensor), device="meta")
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }
+    state = get_peft_model_state_dict(model, sizes, adapter_name, save_embedding_layers=False)
     return sum(
         tensor.numel() for name, tensor in state.items() if name.rpartition(".")[2] not in PSTLayer.other_param_names
     )
