@@ -417,6 +417,11 @@ def test_pst_options_come_from_the_config() -> None:
     assert {field.name for field in pst_fields()} == given.keys() | {"alpha1"}
 
 
+def test_the_rank_has_a_name_that_launchers_leave_alone() -> None:
+    required = ["--model_name_or_path", "m", "--output_dir", "o"]
+    assert parse([*required, "--pst_r", "3"]).pst.r == parse([*required, "--pst-r", "3"]).pst.r == 3
+
+
 @pytest.mark.parametrize(("text", "expected"), [("4", 4), ("none", None)])
 def test_mask_interval_is_a_number_or_none(text: str, expected: int | None) -> None:
     options = parse(["--model_name_or_path", "m", "--output_dir", "o", "--mask_interval", text])
@@ -694,19 +699,32 @@ def test_other_processes_leave_the_first_word_to_the_first(
     assert "error:" in capsys.readouterr().err  # and what one process alone has met is said after all
 
 
+def launched(model: str, output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`train` on two processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "peft_pst"]
+    required = ["train", "--model_name_or_path", model, "--output_dir", str(output), "--use_cpu"]
+    return subprocess.run([*launch, *required, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_launched_run_writes_once_and_has_every_zero(bert: str, reviews: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    options = ["--train_file", reviews, "--validation_file", reviews, "--max_steps", "6", "--learning_rate", "0.05"]
+    finished = launched(bert, output, *options, "--per_device_train_batch_size", "2", "--pst_r", "2")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count(f"peft-pst merge {output} {output}-merged") == 1
+    report = read_json(output / "report" / "report.json")
+    assert report["zeros"] == sum(num_pruned(math.prod(layer["shape"]), 0.9) for layer in report["layers"])
+    history = read_json(output / "trainer_state.json")["log_history"]
+    assert history[-1]["sparsity"] == round(report["sparsity"], 6)
+    predictions = logits(output, [f"{text}, very" for text, _ in ROWS]).argmax(1).tolist()
+    right = sum(prediction == good for prediction, (_, good) in zip(predictions, ROWS, strict=True))
+    assert read_json(output / "all_results.json")["eval_accuracy"] == pytest.approx(right / len(ROWS))
+
+
 @pytest.mark.slow
 def test_a_mistake_of_several_processes_is_said_once(bert: str, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "peft_pst"]
-    options = [
-        "train",
-        "--model_name_or_path",
-        bert,
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--train_file",
-        "absent.csv",
-    ]
-    finished = subprocess.run([*launch, *options, "--use_cpu"], capture_output=True, text=True)
+    finished = launched(bert, tmp_path / "out", "--train_file", "absent.csv")
     assert finished.returncode != 0
     assert finished.stderr.count("--train_file absent.csv: there is no such file") == 1
     assert "peft_pst/cli" not in finished.stderr  # no traceback of ours

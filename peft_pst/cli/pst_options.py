@@ -15,6 +15,9 @@ from transformers.hf_argparser import string_to_bool
 
 from ..config import PSTConfig
 
+# `torchrun` and `accelerate launch` take --r for a short form of an option of their own.
+_ALIASES = {"r": "pst_r"}
+
 
 def pst_fields() -> list[dataclasses.Field]:
     """The fields of `PSTConfig` that are its own, without those that PEFT and this package manage."""
@@ -35,13 +38,19 @@ def add_pst_options(parser: argparse.ArgumentParser) -> dict[str, str]:
     for field_ in pst_fields():
         name = f"pst_{field_.name}" if field_.name in taken else field_.name
         group.add_argument(
-            *dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")),
+            *dict.fromkeys(f"--{form}" for form in _forms(name)),
+            dest=name,
             help=_help(field_),
             default=argparse.SUPPRESS,
             **_reader(types[field_.name]),
         )
         destinations[name] = field_.name
     return destinations
+
+
+def _forms(name: str) -> list[str]:
+    names = [name, *([_ALIASES[name]] if name in _ALIASES else [])]
+    return [form for own in names for form in (own, own.replace("_", "-"))]
 
 
 def _help(field_: dataclasses.Field) -> str:
