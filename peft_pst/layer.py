@@ -5,6 +5,7 @@ What runs forward, and in which form a kind of base layer stores its matrix, is 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -396,6 +397,23 @@ class PSTLayer(PSTTunerLayer):
                 f"Layer {self.module_name}: the sparsity of adapter {adapter_name!r} cannot change while it is merged; "
                 "call unmerge_adapter() first."
             )
+
+    def check_bounded(self, adapter_name: str) -> None:
+        """Refuse an infinite factor before it is ranked; on the CPU, since elsewhere it would stall the device to ask.
+
+        Raises:
+            ValueError: naming the layer and the factor.
+        """
+        for part in self.adapter_layer_names:
+            factor = getattr(self, part).get(adapter_name, None)
+            if factor is None or factor.device.type != "cpu" or is_sharded(factor) or is_partitioned(factor):
+                continue
+            # A sum is quicker than a look at each, and not finite if one is not. A NaN is for the selection to refuse.
+            if not math.isfinite(factor.detach().sum()) and factor.isinf().any():
+                raise ValueError(
+                    f"Layer {self.module_name}, adapter {adapter_name!r}: {part} holds an infinity; the training has "
+                    "diverged. Go on from the last checkpoint, with lower learning rates."
+                )
 
     def _warn_if_never_pruned(self, adapter_names: Sequence[str], occasion: str) -> None:
         for name in adapter_names:

@@ -453,6 +453,7 @@ def update_sparsity(model: nn.Module, step: int, total_steps: int | None = None)
     planned = []
     for layer, name in active_adapters(model):
         layer.check_unmerged(name)
+        layer.check_bounded(name)
         planned.append((layer, name, _scheduled_sparsity(layer.pst_plans[name], step, total_steps)))
     due = [unit for unit in units(planned) if _selection_is_due(unit, step)]
     prepared = [change for unit in due for change in unit.prepare()]

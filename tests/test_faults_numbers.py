@@ -14,7 +14,7 @@ from tiny_models import layers_of, net, pruned_net, tiny_bert
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from peft_pst import PSTCallback, PSTConfig, masking
+from peft_pst import PSTCallback, PSTConfig, get_sparsity, masking
 from peft_pst.cli.labels import Labels
 from peft_pst.cli.options import RunOptions
 from peft_pst.cli.trainer import PSTTrainer
@@ -58,6 +58,22 @@ def test_a_loss_that_is_infinite_ends_the_run_before_it_is_saved(tmp_path: Path)
     with pytest.raises(ValueError, match=r"After step 4, \d+ of \d+ trained tensors hold a NaN"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("part", ["pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C"])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+def test_an_infinite_factor_is_refused_in_a_loop_of_ones_own(part: str, value: float) -> None:
+    model = pruned_net()
+    before = get_sparsity(model)
+    layer = layers_of(model)["base_model.model.layers.1.up"]
+    with torch.no_grad():
+        getattr(layer, part)["default"].view(-1)[0] = value
+    with pytest.raises(ValueError, match=rf"Layer layers\.1\.up, adapter 'default': {part} holds an infinity"):
+        model.update_sparsity(1, 10)
+    assert get_sparsity(model) == before
+    with torch.no_grad():
+        getattr(layer, part)["default"].view(-1)[0] = 0.0
+    assert model.update_sparsity(1, 10) < before
 
 
 def test_the_command_lines_trainer_looks_before_it_saves(tmp_path: Path) -> None:
