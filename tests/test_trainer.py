@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -292,6 +294,10 @@ def test_forgetting_the_callback_warns(tmp_path: Path) -> None:
         trainer.evaluate()
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.11"),
+    reason="transformers 5.10's load_adapter leaves modules_to_save at random, whatever the tuner",
+)
 def test_injected_adapters_train_save_and_load(tmp_path: Path) -> None:
     model = injected_model()
     trainer = make_trainer(model, tmp_path, PSTCallback())
