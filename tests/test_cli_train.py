@@ -510,7 +510,7 @@ def refused(capsys: pytest.CaptureFixture[str], status: int, output: Path) -> st
         (["--train_file", "{csv}", "--label_column", "y"], "has no column 'y'; it has 'text', 'label'. Pass --label"),
         (["--train_file", "{csv}", "--target_sparsity", "1.5"], "target_sparsity=1.5 is outside [0, 1)"),
         (["--train_file", "{csv}", "--r", "-1"], "r=-1 is not a rank"),
-        (["--train_file", "{csv}", "--r", "many"], "argument --r: invalid int value: 'many'"),
+        (["--train_file", "{csv}", "--r", "many"], "--pst-r: invalid int value: 'many'"),
         (["--train_file", "{csv}", "--sparsity_pattern", "90%"], "'90%' is not JSON"),
         (
             ["--train_file", "{csv}", "--target_sparcity", "0.5"],
