@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
@@ -15,7 +13,7 @@ from .offloading import at_hand
 from .plan import check_rank
 from .scoring import score_dtype
 from .sharding import copy_of, replace_values, whole, whole_shape
-from .tuner_layer import PSTTunerLayer
+from .tuner_layer import PSTTunerLayer, broken_message
 
 
 def updated_rows(rows: Tensor, U: Tensor, V: Tensor, beta: float = 1.0, *, keep_zeros: bool = False) -> Tensor:
@@ -182,13 +180,11 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
             with onload_layer(self):  # as PEFT's own methods do, which write back what they have merged
                 self.merge(safe_merge, names)
             return
+        self._check_writable()
         merged_names = self.merged_adapters + names
         merged = self._updated_weight(merged_names)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken: layer "
-                f"{self.module_name} would not be finite."
-            )
+            raise ValueError(broken_message(names[-1]))
         if self._dense_weight is None:
             self._dense_weight = copy_of(self._stored)
         replace_values(self._stored, merged)
@@ -210,19 +206,6 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         if weight is None:
             raise ValueError(f"Layer {self.module_name} has no data (meta device); load the model first.")
         return whole(weight).detach()
-
-    def unmerge(self) -> None:
-        """Restore the embedding's own weight, bit for bit."""
-        if self._dense_weight is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        if self._is_offloaded:
-            with onload_layer(self):
-                self.unmerge()
-            return
-        replace_values(self._stored, self._dense_weight.to(self._stored.device, self._stored.dtype))
-        self._dense_weight = None
-        self.merged_adapters = []
 
     def train(self, mode: bool = True) -> PSTEmbeddingUpdate:
         self.keep_adapters_at_hand()

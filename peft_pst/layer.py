@@ -36,7 +36,6 @@ from .scoring import Factors, add_update, base_scores, score_dtype
 from .selection import group_scores, select_adapter_mask, selection_scores
 from .sharding import (
     copy_of,
-    is_copied_for_forward,
     is_gathered_for_forward,
     is_partitioned,
     is_sharded,
@@ -44,7 +43,7 @@ from .sharding import (
     whole,
     whole_shape,
 )
-from .tuner_layer import PSTTunerLayer
+from .tuner_layer import PSTTunerLayer, broken_message
 
 
 class PSTLayer(PSTTunerLayer):
@@ -672,22 +671,15 @@ class PSTLayer(PSTTunerLayer):
             self._check_finite(adapter_names)
         merged = self.get_masked_weight(adapter_names)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(_broken_message(adapter_names[-1]))
+            raise ValueError(broken_message(adapter_names[-1]))
         self._check_zeros(merged, adapter_names)
         return merged
-
-    def _check_writable(self) -> None:
-        if is_copied_for_forward(self._base) and not is_sharded(self._stored):
-            raise RuntimeError(
-                f"Layer {self.module_name}: the base weight is a copy that FSDP gathered for a forward, so merging and "
-                "unmerging would be lost; call reshard() on the modules given to fully_shard() first."
-            )
 
     def _check_finite(self, adapter_names: Sequence[str]) -> None:
         # A NaN score need not make any weight NaN, so looking at the merged weight alone would miss it.
         for name in adapter_names:
             if not torch.isfinite(self.get_scores(name)).all():
-                raise ValueError(_broken_message(name))
+                raise ValueError(broken_message(name))
 
     def _check_zeros(self, merged: Tensor, adapter_names: Sequence[str]) -> None:
         promised = max(self.get_num_pruned(name) for name in adapter_names)
@@ -702,21 +694,10 @@ class PSTLayer(PSTTunerLayer):
         """Forget the dense weight of a merged layer that is about to be taken out of the model."""
         self._dense_weight = None
 
-    def unmerge(self) -> None:
-        """Restore the dense base weight, bit for bit."""
-        if self._dense_weight is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        if self._is_offloaded:
-            with onload_layer(self):
-                self.unmerge()
-            return
-        self._check_writable()
+    def _restore(self, dense: Tensor) -> None:
         # The model may have been moved or cast meanwhile.
         device = self._stored.device if self._offload_folder is None else "cpu"  # where it is mapped from its file
-        self._write(self._dense_weight.to(device, self._stored.dtype))
-        self._dense_weight = None
-        self.merged_adapters = []
+        self._write(dense.to(device, self._stored.dtype))
         self._masked_weight = None
 
 
@@ -729,7 +710,3 @@ def outside_any_graph(device: torch.device) -> Iterator[None]:
 
 def _count_buffer(counts: Sequence[int]) -> Tensor:
     return torch.tensor(counts[0] if len(counts) == 1 else counts, dtype=torch.int64)
-
-
-def _broken_message(adapter_name: str) -> str:
-    return f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor
 
 from .offloading import computing_device, fetch_back, offload_hook
+from .sharding import is_copied_for_forward, is_sharded, replace_values
 
 
 class PSTTunerLayer(BaseTunerLayer):
     """A layer with PST adapters, whether it prunes or not; PEFT switches, deletes and freezes all of them alike."""
 
+    _dense_weight: Tensor | None  # the base weight while an adapter is merged
     module_name: str  # of the base layer, in the plain model
     # PEFT's `disable_input_dtype_casting` sets this. Inputs are never cast here, as the base layer does not.
     cast_input_dtype_enabled = True
@@ -66,3 +69,32 @@ class PSTTunerLayer(BaseTunerLayer):
         if hasattr(self._base, "_hf_hook"):
             for part in (*self.adapter_layer_names, *self.buffer_names):
                 fetch_back(getattr(self, part))
+
+    def _check_writable(self) -> None:
+        if is_copied_for_forward(self._base) and not is_sharded(self._stored):
+            raise RuntimeError(
+                f"Layer {self.module_name}: the base weight is a copy that FSDP gathered for a forward, so merging and "
+                "unmerging would be lost; call reshard() on the modules given to fully_shard() first."
+            )
+
+    def unmerge(self) -> None:
+        """Restore the dense base weight, bit for bit."""
+        if self._dense_weight is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self._is_offloaded:
+            with onload_layer(self):
+                self.unmerge()
+            return
+        self._check_writable()
+        self._restore(self._dense_weight)
+        self._dense_weight = None
+        self.merged_adapters = []
+
+    def _restore(self, dense: Tensor) -> None:
+        """Put the dense weight back in its place."""
+        replace_values(self._stored, dense.to(self._stored.device, self._stored.dtype))
+
+
+def broken_message(adapter_name: str) -> str:
+    return f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
