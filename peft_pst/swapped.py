@@ -31,17 +31,19 @@ def in_place_of_own(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
         (3.0, 'Parameter')
     """
     parameters: dict[str, Any] = module._parameters
-    own = {name: parameters[name] for name in weights}
-    if any(map(is_partitioned, own.values())):
+    if any(is_partitioned(parameter) for parameter in map(parameters.get, weights) if parameter is not None):
         # DeepSpeed goes through the parameters when the module is called, and knows only its own.
-        place, before = vars(module), dict(vars(module))
+        places = dict.fromkeys(weights, vars(module))
     else:
-        place, before = parameters, own
-    place.update(weights)  # under the names that are there, so that their order stays
+        # A plain attribute is found before a parameter; FSDP1 makes one of each parameter while the module runs.
+        places = {name: vars(module) if name in vars(module) else parameters for name in weights}
+    before = {name: place[name] for name, place in places.items() if name in place}
+    for name, weight in weights.items():
+        places[name][name] = weight  # where the parameter stands already, so that their order stays
     try:
         yield
     finally:
-        for name in weights:
+        for name, place in places.items():
             if name in before:
                 place[name] = before[name]
             else:

@@ -12,10 +12,13 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
+from tiny_kinds import TARGETS, kinds, token_batch
 from tiny_models import assert_same_tensors, shake, snapshot
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from peft_pst import PSTConfig, PSTLayer, num_pruned, prune_once, report_model, update_sparsity
 
@@ -339,3 +342,22 @@ def test_an_error_leaves_the_base_its_own_weight() -> None:
 def test_what_cannot_be_pruned_is_refused_with_the_reason(layer: nn.Module, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         get_peft_model(Model(layer), PSTConfig(target_modules=["layer"]))
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_fsdp1_around_one_process_computes_with_the_masked_weights(one_process: None) -> None:
+    # It makes plain attributes of the parameters, and a module finds these before what is put in its parameters' place.
+    model = get_peft_model(kinds(), PSTConfig(initial_sparsity=0.5, target_sparsity=0.5, r=2, **TARGETS)).eval()
+    ids = token_batch(1)
+    with torch.no_grad():
+        expected = model(ids)
+        sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        torch.testing.assert_close(sharded(ids), expected)
+        with model.disable_adapter():
+            assert not torch.allclose(sharded(ids), expected)
