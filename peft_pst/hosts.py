@@ -16,6 +16,7 @@ from .offloading import offload_hook
 from .plan import ScheduleStatus
 from .sharding import is_partitioned, is_sharded
 from .swapped import in_place_of_own
+from .tuner_layer import PSTWrapper
 
 
 class PSTMatrix(PSTModule):
@@ -119,12 +120,14 @@ class PSTMatrix(PSTModule):
                     tensors[adapter_name] = tensor.to(device or stored.device, dtype)
 
 
-class PSTHost(nn.Module):
+class PSTHost(nn.Module, PSTWrapper):
     """A module that runs as ever, with the masked weights of some of its parameters in the place of its own.
 
-    It is no layer with an adapter itself: these are the `PSTMatrix` in `matrices`, by name of the parameter, one for
-    each matrix of a stack. Everything else is looked up in the module it stands for, and an adapted parameter that
-    other code reads is the weight in force.
+    The adapters are those of the `PSTMatrix` in `matrices`, by name of the parameter, one for each matrix of a stack.
+    PEFT switches, merges and deletes them there, as it meets every layer in a model, so that a host does nothing of
+    this, and tells the state of what it holds. It is a tuner layer because PEFT tells by this what belongs to an
+    adapter, and what to the base model. Everything else is looked up in the module it stands for, and an adapted
+    parameter that other code reads is the weight in force.
     """
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
@@ -137,6 +140,9 @@ class PSTHost(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}}
 
+    def __repr__(self) -> str:
+        return "pst." + super().__repr__()
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "base_layer":
             check_no_tuner(value, self.module_name)
@@ -148,11 +154,57 @@ class PSTHost(nn.Module):
         except AttributeError:
             if name in ("base_layer", "matrices"):  # not there yet: being made, or unpickled
                 raise
+        return self._of_base(name)
+
+    def _of_base(self, name: str) -> Any:
         if name in self.matrices:
             in_force = self._weight_in_force(name)
             if in_force is not None:
                 return in_force
         return getattr(self.base_layer, name)
+
+    @property
+    def weight(self) -> Any:
+        """What the module has under this name, as everything else."""
+        return self._of_base("weight")
+
+    @property
+    def bias(self) -> Any:
+        """What the module has under this name, as everything else."""
+        return self._of_base("bias")
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """Of its layers, which agree."""
+        return next(self._layers()).active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Of its layers, which agree."""
+        return next(self._layers()).disable_adapters
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """Of its layers, which agree."""
+        return next(self._layers()).merged_adapters
+
+    def _get_available_adapters(self) -> set[str]:
+        return set().union(*(layer._get_available_adapters() for layer in self._layers()))
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Nothing: its layers are switched themselves."""
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Nothing: its layers are switched themselves."""
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Nothing: it is deleted in its layers themselves."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing: its layers are merged themselves."""
+
+    def unmerge(self) -> None:
+        """Nothing: its layers are unmerged themselves."""
 
     def adapt(
         self, parameter_name: str, adapter_name: str, config: PSTConfig, status: ScheduleStatus, num_parts: int = 1
@@ -226,6 +278,15 @@ def _stacked(pairs: Sequence[tuple[PSTMatrix, list[str]]]) -> Tensor:
         return torch.stack([matrix._as_stored(matrix.get_masked_weight(names)) for matrix, names in pairs])
 
 
+class ParamWrapper(PSTHost):
+    """PST on parameters that `target_parameters` names.
+
+    PEFT refuses to adapt a parameter of a tuner layer, unless its class has this name.
+    """
+
+    parameter_name = ""  # PEFT asks for one, to find the wrapper of a parameter; this one has all of its module
+
+
 class PSTMultiheadAttention(PSTHost):
     """PST on `nn.MultiheadAttention`: on its query, key and value projections, ranked apart, and on its output.
 
@@ -233,14 +294,18 @@ class PSTMultiheadAttention(PSTHost):
     output projection is a layer that the module reads, not calls.
     """
 
-    def adapt_all(self, adapter_name: str, config: PSTConfig, status: ScheduleStatus) -> None:
-        """Add an adapter to all projections, or start it afresh."""
+    def adapt_inputs(self, adapter_name: str, config: PSTConfig, status: ScheduleStatus) -> None:
+        """Add an adapter to the query, key and value projections, or start it afresh there."""
         base: Any = self.base_layer
         if base.in_proj_weight is not None:
             self.adapt("in_proj_weight", adapter_name, config, status, num_parts=3)
         else:
             for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
                 self.adapt(name, adapter_name, config, status)
+
+    def adapt_output(self, adapter_name: str, config: PSTConfig, status: ScheduleStatus) -> None:
+        """Add an adapter to the output projection, or start it afresh there."""
+        base: Any = self.base_layer
         if isinstance(base.out_proj, PSTModule):
             base.out_proj.update_layer(adapter_name, config, status)
         else:

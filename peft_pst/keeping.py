@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .hosts import PSTHost
 from .layer import PSTLayer
 from .masking import count_zeros
 
@@ -77,12 +78,16 @@ def _layers_to_merge(model: PeftModel, adapter_names: Sequence[str] | None) -> l
     if unknown:
         raise ValueError(f"There are no adapters {unknown} to merge; the model has {sorted(model.peft_config)}.")
     modules = model.get_base_model().named_modules() if isinstance(model.base_model, BaseTuner) else ()
-    layers = [(name, module) for name, module in modules if isinstance(module, BaseTunerLayer)]
+    layers = [(name, module) for name, module in modules if _holds_weights(module)]
     if not layers:
         raise ValueError(f"The adapter {model.active_adapter!r} changes no weights, so there is nothing to merge.")
     for name, layer in layers:
         _check_mergeable(name, layer)
     return layers
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    return isinstance(module, BaseTunerLayer) and not isinstance(module, PSTHost)
 
 
 def _check_mergeable(name: str, layer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from .callers import users_level
 from .embedding import PSTEmbeddingUpdate, check_embedding
 from .group_selection import couple
-from .hosts import PSTHost, PSTMultiheadAttention
+from .hosts import ParamWrapper, PSTHost, PSTMultiheadAttention
 from .kinds import check_parameter, kind_of
 from .layer import PSTLayer
 from .loading import adapted_modules, check_stored_adapter, updated_embeddings
@@ -108,7 +109,9 @@ class PSTModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, self._status)
             return
         if isinstance(target, PSTMultiheadAttention):
-            target.adapt_all(adapter_name, peft_config, self._status)
+            if self._named is not None or self._is_target(peft_config, current_key):
+                target.adapt_inputs(adapter_name, peft_config, self._status)
+            target.adapt_output(adapter_name, peft_config, self._status)
             return
         backend = None if isinstance(target, BaseTunerLayer) else backend_of(self.model, target)
         kind = kind_of(target, parent, current_key, backend)
@@ -117,7 +120,8 @@ class PSTModel(BaseTuner):
         new_module: nn.Module
         if issubclass(kind, PSTMultiheadAttention):
             new_module = kind(target, current_key)
-            new_module.adapt_all(adapter_name, peft_config, self._status)
+            new_module.adapt_inputs(adapter_name, peft_config, self._status)
+            new_module.adapt_output(adapter_name, peft_config, self._status)
         else:
             options = {} if backend is None else {"backend": backend}
             new_module = kind(target, adapter_name, peft_config, self._status, current_key, **options)
@@ -154,7 +158,7 @@ class PSTModel(BaseTuner):
         base = found[0].base_layer if found else target
         check_parameter(base, parameter_name, parameter_path)
         _check_untied(self._shared.get((base, parameter_name)), parameter_path, "Adapting")
-        host = found[0] if found else PSTHost(target, parameter_path.removesuffix(f".{parameter_name}"))
+        host = found[0] if found else ParamWrapper(target, parameter_path.removesuffix(f".{parameter_name}"))
         host.adapt(parameter_name, adapter_name, peft_config, self._status)
         if not found:
             self._replace_module(parent, target_name, host, target)
@@ -189,7 +193,7 @@ class PSTModel(BaseTuner):
             if config.embedding_modules is None:
                 config.embedding_modules = updated_embeddings(state_dict)
             state_dict = {f"{name}.{self.prefix}": torch.empty(0) for name in self._named}
-        self._hosts = [name for name, module in model.named_modules() if isinstance(module, PSTHost)]
+        self._attending = [name for name, module in model.named_modules() if isinstance(module, PSTMultiheadAttention)]
         # The one object that all layers of the adapter now being injected share.
         self._status = ScheduleStatus()
         self._shared = shared_weights(model)
@@ -209,13 +213,16 @@ class PSTModel(BaseTuner):
         _warn_about_unmatched_patterns(self.peft_config[adapter_name], names)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]  # PEFT's is static
-        # A further adapter comes to what a host holds through the host; its matrices are named by numbers.
-        if any(key == f"{host}.base_layer" or f"{key}.".startswith(f"{host}.matrices.") for host in self._hosts):
-            return False
         found = super()._check_target_module_exists(peft_config, key)
-        # What is excluded stays so; PEFT says it by an object of its own.
-        is_open = found is None or found is False
-        return _is_named(key, peft_config.embedding_modules or ()) if is_open else found
+        if found is not None and found is not False:
+            return found  # also what is excluded, which PEFT says by an object of its own
+        if key in self._attending and self._is_target(peft_config, f"{key}.out_proj"):
+            return True  # PEFT does not look into what is adapted, so that a further adapter comes through the host
+        return _is_named(key, peft_config.embedding_modules or ())
+
+    def _is_target(self, peft_config: Any, key: str) -> bool:
+        found = super()._check_target_module_exists(peft_config, key)
+        return isinstance(found, bool | re.Match) and bool(found)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         """PEFT warns by name of layers that may be tied; those that are are refused by identity when adapted."""

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from .callers import users_level
-from .tuner_layer import PSTTunerLayer
+from .tuner_layer import PSTTunerLayer, PSTWrapper
 
 
 def check_not_nested(model: nn.Module, adapter_name: str) -> None:
@@ -69,9 +69,9 @@ def refuse_tuners_over_pst() -> None:
 
 
 def _look_at_wrapped(holder: nn.Module, name: str, module: Any) -> None:
-    if name != "base_layer" or not isinstance(holder, BaseTunerLayer) or isinstance(holder, PSTTunerLayer):
+    if name != "base_layer" or not isinstance(holder, BaseTunerLayer) or isinstance(holder, PSTWrapper):
         return
-    if isinstance(module, PSTTunerLayer):
+    if isinstance(module, PSTWrapper):
         raise ValueError(_over_pst(type(holder), module.module_name))
     if getattr(module, _PRUNED, False):
         warnings.warn(

@@ -15,13 +15,18 @@ from .offloading import computing_device, fetch_back, offload_hook
 from .sharding import is_copied_for_forward, is_sharded, replace_values
 
 
-class PSTTunerLayer(BaseTunerLayer):
-    """A layer with PST adapters, whether it prunes or not; PEFT switches, deletes and freezes all of them alike."""
+class PSTWrapper(BaseTunerLayer):
+    """What stands in the place of a module of the base model, and no other tuner may stand over."""
 
-    _dense_weight: Tensor | None  # the base weight while an adapter is merged
     module_name: str  # of the base layer, in the plain model
     # PEFT's `disable_input_dtype_casting` sets this. Inputs are never cast here, as the base layer does not.
     cast_input_dtype_enabled = True
+
+
+class PSTTunerLayer(PSTWrapper):
+    """A layer with PST adapters, whether it prunes or not; PEFT switches, deletes and freezes all of them alike."""
+
+    _dense_weight: Tensor | None  # the base weight while an adapter is merged
     buffer_names: tuple[str, ...] = ()  # what an adapter's state holds beside `adapter_layer_names`
 
     @property

@@ -36,7 +36,7 @@ from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_s
 from tiny_models import assert_same_tensors, layers_of, shake, snapshot, train_a_little
 
 from peft_pst import PSTConfig, get_sparsity, merge_keeping_zeros, update_sparsity
-from peft_pst.tuner_layer import PSTTunerLayer
+from peft_pst.tuner_layer import PSTWrapper
 
 
 @dataclass(frozen=True)
@@ -352,7 +352,7 @@ def status(case: Case, folder: Path) -> None:
     with model.disable_adapter():
         assert get_model_status(model).enabled is False
     kinds = {status.module_type for status in get_layer_status(model)} - {"ModulesToSaveWrapper"}
-    adapted = [module for module in model.modules() if isinstance(module, PSTTunerLayer)]
+    adapted = [module for module in model.modules() if isinstance(module, PSTWrapper)]
     assert kinds == {f"pst.{type(layer).__name__}" for layer in adapted}
 
 
@@ -574,7 +574,7 @@ def unwrapped_state(model: PeftModel) -> dict[str, torch.Tensor]:
     STORAGE,
     "`get_base_model_state_dict`, `set_base_model_state_dict`",
     "the dense base; while merged, the merged one",
-    only=lambda case: is_plain(case) and not holds_several(case),
+    only=lambda case: is_plain(case),
 )
 def base_state(case: Case, folder: Path) -> None:
     model, base = case.pruned(), case.base()
@@ -585,20 +585,6 @@ def base_state(case: Case, folder: Path) -> None:
         {n: t / 2 if t.is_floating_point() else t for n, t in get_base_model_state_dict(model).items()},
         base.state_dict(),
     )
-
-
-@operation(
-    STORAGE,
-    "`set_base_model_state_dict` where attention modules of torch or `target_parameters` are adapted",
-    "PEFT takes their base weights for something else: it reads them with `base_layer` in their names, and finds none "
-    "under their own",
-    (RuntimeError, r"Missing key\(s\) in state_dict"),
-    only=lambda case: holds_several(case),
-)
-def base_state_of_several(case: Case, folder: Path) -> None:
-    model = case.pruned()
-    set_base_model_state_dict(model, get_base_model_state_dict(model))
-    set_base_model_state_dict(model, case.base().state_dict())
 
 
 def holds_several(case: Case) -> bool:
@@ -686,7 +672,8 @@ def over_lora(case: Case, folder: Path) -> None:
 def lora_targets(case: Case) -> dict[str, list[str]]:
     """Something that the case adapts, and LoRA can adapt too: parameters where there are some."""
     names = case.targets.get("target_parameters", [])
-    return {"target_modules": [] if names else [case.linear], "target_parameters": names}
+    module = "attn" if case.make is attentive else case.linear
+    return {"target_modules": [] if names else [module], "target_parameters": names}
 
 
 @operation(
@@ -697,17 +684,6 @@ def lora_targets(case: Case) -> dict[str, list[str]]:
 )
 def under_lora(case: Case, folder: Path) -> None:
     inject_adapter_in_model(LoraConfig(**lora_targets(case)), case.pruned().get_base_model(), "lora")
-
-
-@operation(
-    BESIDE,
-    "another tuner over an attention module of torch that carries PST",
-    "it is an attention module no longer, and the other tuner says so",
-    (ValueError, "(?s)Target module PSTMultiheadAttention.* is not supported"),
-    only=lambda case: case.make is attentive,
-)
-def under_lora_on_attention(case: Case, folder: Path) -> None:
-    inject_adapter_in_model(LoraConfig(target_modules=["attn"]), case.pruned().get_base_model(), "lora")
 
 
 @operation(
