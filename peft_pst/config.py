@@ -85,8 +85,9 @@ class PSTConfig(PeftConfig):
             are pruned first, whatever they score, and count towards the sparsity, which is never below theirs: with
             `target_sparsity=0` the base's own mask is held, and a higher target prunes further.
         init_weights: how U and A start. True or "fan_in": N(0, 1 / in_features); "paper": N(0, 1), as published; the
-            rest starts at zero, so the model starts unchanged. False: everything random, for tests; with r = 0 such
-            an adapter also starts at its target sparsity, or it would change nothing.
+            rest starts at zero, so the model starts unchanged. Where embeddings are pruned, V and B start so instead,
+            and U and A at zero. False: everything random, for tests; with r = 0 such an adapter also starts at its
+            target sparsity, or it would change nothing.
         target_modules: names, suffixes, a regular expression, or "all-linear".
         target_parameters: ends of the full names of parameters, beside `target_modules`: matrices (out, in) that a
             module multiplies by itself, or stacks of them (experts, out, in), each of which is a matrix of its own.

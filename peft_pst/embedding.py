@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
 from .blocks import CACHE_NUMEL, row_blocks
+from .callers import users_level
 from .config import PSTConfig
 from .offloading import at_hand
 from .plan import check_rank
@@ -80,6 +83,9 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
     learns for itself, and `pst_embedding_V` (r, embedding_dim), random with a variance of
     1 / embedding_dim. The row of `padding_idx` stays as it is.
 
+    In evaluation mode no gradient reaches an adapter, and what is looked up asks for none, as from a frozen embedding:
+    PEFT and its users count on this where they take embeddings from a model themselves.
+
     Args:
         base_layer: a plain embedding, whose weight is its own.
         adapter_name: of the first adapter.
@@ -110,7 +116,19 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         self.merged_adapters: list[str] = []
         self._dense_weight: Tensor | None = None  # the base weight while an adapter is merged
         self._active_adapter = adapter_name
+        self._missed_gradient = False  # since the last step
         self.update_layer(adapter_name, config)
+        self.training = base_layer.training  # as the model is that it becomes a part of
+
+    @property
+    def in_features(self) -> int:
+        """The number of tokens, as PEFT's tuners have it."""
+        return self._base.num_embeddings
+
+    @property
+    def out_features(self) -> int:
+        """The dimension that a token is given."""
+        return self._base.embedding_dim
 
     def update_layer(self, adapter_name: str, config: PSTConfig) -> None:
         """Add an adapter, or start an existing one afresh.
@@ -151,9 +169,22 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         names = self._in_force()
         embedded = self.base_layer(input)
         for name in names:
-            U = F.embedding(input, self.pst_embedding_U[name], self._base.padding_idx)
-            embedded = self._updated(embedded, U, self.pst_embedding_V[name], name)
+            U, V = self.pst_embedding_U[name], self.pst_embedding_V[name]
+            self._missed_gradient = not self.training and torch.is_grad_enabled() and U.requires_grad
+            if not self.training:
+                U, V = U.detach(), V.detach()
+            embedded = self._updated(embedded, F.embedding(input, U, self._base.padding_idx), V, name)
         return embedded
+
+    def warn_of_missed_gradient(self) -> None:
+        """Warn, after a step, if it was computed in evaluation mode, where embeddings do not train."""
+        if self._missed_gradient:
+            self._missed_gradient = False
+            warnings.warn(
+                f"The step was computed in evaluation mode, in which the update of {self.module_name} does not train; "
+                "call model.train() before, or leave the embeddings alone with PSTConfig(embedding_r=0).",
+                stacklevel=users_level(),
+            )
 
     def _updated(self, rows: Tensor, U: Tensor, V: Tensor, adapter_name: str) -> Tensor:
         config = self.pst_configs[adapter_name]

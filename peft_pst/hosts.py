@@ -174,14 +174,19 @@ class PSTHost(nn.Module, PSTWrapper):
         return self._of_base("bias")
 
     @property
+    def in_features(self) -> int:
+        """What the module says, or the columns of its first matrix."""
+        return getattr(self.base_layer, "in_features", next(self._layers()).in_features)
+
+    @property
+    def out_features(self) -> int:
+        """What the module says, or the rows of its first matrix."""
+        return getattr(self.base_layer, "out_features", next(self._layers()).out_features)
+
+    @property
     def active_adapter(self) -> str | list[str]:
         """Of its layers, which agree."""
         return next(self._layers()).active_adapter
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Of its layers, which agree."""
-        return next(self._layers()).disable_adapters
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
@@ -192,9 +197,6 @@ class PSTHost(nn.Module, PSTWrapper):
         return set().union(*(layer._get_available_adapters() for layer in self._layers()))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Nothing: its layers are switched themselves."""
-
-    def enable_adapters(self, enabled: bool) -> None:
         """Nothing: its layers are switched themselves."""
 
     def delete_adapter(self, adapter_name: str) -> None:

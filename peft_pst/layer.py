@@ -74,6 +74,8 @@ class PSTLayer(PSTTunerLayer):
     buffer_names = ("pst_num_pruned", "pst_mask", "pst_positions")
     other_param_names = (*buffer_names, "pst_plans")
 
+    # One random factor of each product is enough to learn from; the other at zero makes it the identity.
+    random_factors: tuple[str, ...] = ("pst_U", "pst_A")
     num_parts = 1  # matrices that a layer of this class is made of, if the configuration says nothing else
     base_layer: nn.Module
     training: bool
@@ -193,8 +195,7 @@ class PSTLayer(PSTTunerLayer):
             parameters = getattr(self, name)
             if adapter_name not in parameters:
                 continue
-            # One random factor of each product is enough to learn from; the other at zero makes it the identity.
-            if name in ("pst_U", "pst_A") or config.init_weights is False:
+            if name in self.random_factors or config.init_weights is False:
                 nn.init.normal_(parameters[adapter_name], std=std)
             else:
                 nn.init.zeros_(parameters[adapter_name])

@@ -469,6 +469,9 @@ def update_sparsity(model: nn.Module, step: int, total_steps: int | None = None)
         layer.put_in_force(name, change)
     for layer, name, _ in planned:
         layer.pst_plans[name].status.moved = True
+    for module in model.modules():
+        if isinstance(module, PSTEmbeddingUpdate):
+            module.warn_of_missed_gradient()
     return get_sparsity(model)
 
 

@@ -95,7 +95,11 @@ class PSTEmbedding(PSTSwapped):
     Rows take no part in a product here, so a zero is a dimension that a token does without; R is the importance of
     tokens, C that of dimensions. A token that no batch holds gets no gradient, and is ranked by its magnitudes, the
     update that V gives it and C. The row of `padding_idx` gets no gradient and no update, but is pruned as any other.
+
+    V and B start at random here, and U and A at zero, so that each token learns for itself from where it is.
     """
+
+    random_factors = ("pst_V", "pst_B")
 
     @torch.no_grad()
     def _reset_parameters(self, adapter_name: str, config: PSTConfig) -> None:

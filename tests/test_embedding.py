@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,7 @@ def test_lookup_and_gradients_are_those_of_the_formula() -> None:
         for tensor in (layer.weight, layer.pst_embedding_U["default"], layer.pst_embedding_V["default"])
     )
     expected = nn.functional.embedding(IDS, table + 0.5 * U @ V, padding_idx=0)
-    found = layer(IDS)
+    found = layer.train()(IDS)
     assert torch.allclose(found, expected, atol=1e-6)
     (found * torch.arange(16)).sum().backward()
     (expected * torch.arange(16)).sum().backward()
@@ -114,6 +115,23 @@ def test_lookup_and_gradients_are_those_of_the_formula() -> None:
     assert torch.allclose(layer.pst_embedding_V["default"].grad, V.grad, atol=1e-4)
     assert layer.pst_embedding_U["default"].grad.any()
     assert layer.weight.grad is None
+
+
+def test_in_evaluation_a_lookup_asks_for_no_gradient_and_a_step_computed_so_is_told() -> None:
+    model = adapted()
+    update_sparsity(model, 0, 10)
+    assert not model.get_input_embeddings()(IDS).requires_grad
+    with torch.no_grad():
+        model(IDS)
+    with warnings.catch_warnings(action="error"):
+        model.train()(IDS).logits.sum().backward()
+        update_sparsity(model, 1, 10)
+    assert model.get_input_embeddings()(IDS).requires_grad
+    model.eval()(IDS).logits.sum().backward()
+    with pytest.warns(UserWarning, match=f"the update of {NAME} does not train; call model.train()"):
+        update_sparsity(model, 2, 10)
+    with warnings.catch_warnings(action="error"):
+        update_sparsity(model, 3, 10)
 
 
 def test_the_model_starts_unchanged_and_is_dense_again_when_disabled() -> None:
