@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
-.PHONY: demo test test-slow test-gpu test-oldest test-integrations test-kernels test-deepspeed compatibility benchmark benchmark-inference sizes scale results check clean
+.PHONY: demo test test-slow test-gpu test-oldest test-integrations test-peft test-kernels test-deepspeed compatibility benchmark benchmark-inference sizes scale results check clean
 
 demo: $(VENV)/demo.stamp  ## fine-tune, prune, merge and reload a real model on real data (about four minutes)
 	$(BIN)/peft-pst demo
@@ -26,6 +26,10 @@ INTEGRATIONS := tests/test_integrations.py tests/test_quantised.py tests/test_qu
 
 test-integrations: $(VENV)/integrations.stamp  ## real runs in TRL, diffusers and others; quantised bases; ONNX, OpenVINO, MKL
 	$(BIN)/python -m pytest -m "not gpu" $(INTEGRATIONS)
+
+test-peft: $(VENV)/test.stamp  ## PEFT's own test-suite, fetched, with PST among the methods it tries (four minutes)
+	$(BIN)/python -c "import setuptools" 2>/dev/null || $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) setuptools
+	$(BIN)/python tests/peft_suite.py
 
 compatibility: $(VENV)/test.stamp  ## write docs/compatibility.md anew
 	$(BIN)/python tests/compatibility_page.py

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +59,19 @@ def is_plain_embedding(module: object) -> bool:
     return type(module) is nn.Embedding and module.max_norm is None and not module.sparse
 
 
+@contextmanager
+def training_embeddings(model: nn.Module) -> Iterator[None]:
+    """Let the updates of a model's embeddings train for one forward, also in evaluation mode."""
+    layers = [module for module in model.modules() if isinstance(module, PSTEmbeddingUpdate)]
+    for layer in layers:
+        layer._is_asked_by_model = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._is_asked_by_model = False
+
+
 def check_embedding(module: nn.Module, name: str) -> None:
     """Refuse what is no plain lookup of its own rows.
 
@@ -83,8 +98,8 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
     learns for itself, and `pst_embedding_V` (r, embedding_dim), random with a variance of
     1 / embedding_dim. The row of `padding_idx` stays as it is.
 
-    In evaluation mode no gradient reaches an adapter, and what is looked up asks for none, as from a frozen embedding:
-    PEFT and its users count on this where they take embeddings from a model themselves.
+    In evaluation mode, what is looked up by whoever asks the layer itself has no gradient, as from a frozen embedding:
+    PEFT and its users count on this. Then only a forward of the `PeftModel` trains it; in training mode any does.
 
     Args:
         base_layer: a plain embedding, whose weight is its own.
@@ -116,6 +131,7 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         self.merged_adapters: list[str] = []
         self._dense_weight: Tensor | None = None  # the base weight while an adapter is merged
         self._active_adapter = adapter_name
+        self._is_asked_by_model = False
         self._missed_gradient = False  # since the last step
         self.update_layer(adapter_name, config)
         self.training = base_layer.training  # as the model is that it becomes a part of
@@ -170,8 +186,9 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         embedded = self.base_layer(input)
         for name in names:
             U, V = self.pst_embedding_U[name], self.pst_embedding_V[name]
-            self._missed_gradient = not self.training and torch.is_grad_enabled() and U.requires_grad
-            if not self.training:
+            trains = self.training or self._is_asked_by_model
+            self._missed_gradient = not trains and torch.is_grad_enabled() and U.requires_grad
+            if not trains:
                 U, V = U.detach(), V.detach()
             embedded = self._updated(embedded, F.embedding(input, U, self._base.padding_idx), V, name)
         return embedded
@@ -181,8 +198,9 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         if self._missed_gradient:
             self._missed_gradient = False
             warnings.warn(
-                f"The step was computed in evaluation mode, in which the update of {self.module_name} does not train; "
-                "call model.train() before, or leave the embeddings alone with PSTConfig(embedding_r=0).",
+                f"The step was computed in evaluation mode and not by the PeftModel, so that the update of "
+                f"{self.module_name} does not train; call model.train() before, or leave the embeddings alone with "
+                "PSTConfig(embedding_r=0).",
                 stacklevel=users_level(),
             )
 

@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from .callers import users_level
-from .embedding import PSTEmbeddingUpdate, check_embedding
+from .embedding import PSTEmbeddingUpdate, check_embedding, training_embeddings
 from .group_selection import couple
 from .hosts import ParamWrapper, PSTHost, PSTMultiheadAttention
 from .kinds import check_parameter, kind_of
@@ -362,7 +362,11 @@ class PSTModel(BaseTuner):
                 "PST cannot mix adapters within a batch (adapter_names=[...]): each adapter has its own masked weight, "
                 "so the batch would need one product per adapter. Call set_adapter() and run one batch per adapter."
             )
-        yield
+        if self.model.training or not torch.is_grad_enabled():
+            yield
+            return
+        with training_embeddings(self.model):
+            yield
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 
 from contract import OPERATIONS, Operation
+from peft_suite import EXCLUDED, INSERTED
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -30,6 +31,17 @@ The oldest and the newest versions that the tests pass with (`make test-oldest`,
 """
 
 
+SUITE = """
+## PEFT's own test-suite
+
+`make test-peft` runs it with PST among the methods that it tries, on small models of the same architectures:
+{files}. All its tests pass but these:
+
+| test | with | why |
+|---|---|---|
+"""
+
+
 def pinned(constraints: str) -> dict[str, str]:
     """The versions that a constraints file asks for, by package."""
     return dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / constraints).read_text(), re.MULTILINE))
@@ -50,7 +62,17 @@ def page() -> str:
     parts = [INTRODUCTION, *versions(), NOTE.rstrip()]
     for section, operations in groupby(OPERATIONS, key=lambda operation: operation.section):
         parts += ["", f"## {section}", "", "| operation | with PST |", "|---|---|", *map(line, operations)]
-    return "\n".join(parts) + "\n"
+    return "\n".join([*parts, *suite()]) + "\n"
+
+
+def suite() -> list[str]:
+    """What is said of PEFT's own tests."""
+    files = ", ".join(f"`{name.removesuffix('.py')}`" for name in sorted(INSERTED))
+    failing = [
+        f"| {', '.join(f'`{test}`' for test in excluded.tests)} | {', '.join(excluded.rows)} | {excluded.reason} |"
+        for excluded in EXCLUDED
+    ]
+    return [SUITE.format(files=files).rstrip(), *failing]
 
 
 if __name__ == "__main__":

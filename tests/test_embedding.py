@@ -117,7 +117,7 @@ def test_lookup_and_gradients_are_those_of_the_formula() -> None:
     assert layer.weight.grad is None
 
 
-def test_in_evaluation_a_lookup_asks_for_no_gradient_and_a_step_computed_so_is_told() -> None:
+def test_in_evaluation_only_the_peft_model_trains_embeddings_and_a_step_without_is_told() -> None:
     model = adapted()
     update_sparsity(model, 0, 10)
     assert not model.get_input_embeddings()(IDS).requires_grad
@@ -127,7 +127,13 @@ def test_in_evaluation_a_lookup_asks_for_no_gradient_and_a_step_computed_so_is_t
         model.train()(IDS).logits.sum().backward()
         update_sparsity(model, 1, 10)
     assert model.get_input_embeddings()(IDS).requires_grad
-    model.eval()(IDS).logits.sum().backward()
+    model.zero_grad()
+    with warnings.catch_warnings(action="error"):
+        model.eval()(IDS).logits.sum().backward()
+        update_sparsity(model, 1, 10)
+    assert embedding_of(model).pst_embedding_V["default"].grad is not None
+    assert not model.get_input_embeddings()(IDS).requires_grad
+    model.get_base_model()(IDS).logits.sum().backward()
     with pytest.warns(UserWarning, match=f"the update of {NAME} does not train; call model.train()"):
         update_sparsity(model, 2, 10)
     with warnings.catch_warnings(action="error"):
