@@ -101,6 +101,23 @@ def test_every_method_ends_in_a_plain_model_with_exact_zeros(name: str, architec
         torch.testing.assert_close(plain(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_heads_are_counted_where_there_are_some_and_nothing_else() -> None:
+    model = tiny_bert()
+    counter = ZeroCounter(model)
+    wanted = goal("dsee", 0.5)
+    prepared = METHODS["dsee"].prepare(start(model), replace(wanted, options={"pattern": "heads", "residual": 0}))
+    train(prepared, torch.tensor([0, 2]))
+    assert prepared.promised is not None
+    promised = prepared.promised()
+    assert {name: count for name, count in promised.items() if count} == {
+        name: size // 2 for name, size in counter.sizes.items() if "attention" in name
+    }
+    plain = prepared.finish()
+    assert counter.count(plain, 0.5, each=True, promised=promised) == sum(promised.values())
+    with pytest.raises(RuntimeError, match="intermediate.dense: 0 zeros, but"):
+        counter.count(plain, 0.5, each=True)
+
+
 def test_one_budget_over_all_matrices_is_counted_over_all_of_them() -> None:
     model = tiny_bert()
     counter = ZeroCounter(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,9 @@ def execute(run: Run, data: Path | None, teachers: Path | None = None) -> dict[s
         loss = _train(run, task, prepared, arguments, teacher)
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
         peak, facts = memory.bytes(), prepared.facts()
+        promised = None if prepared.promised is None else prepared.promised()
         plain = prepared.finish()
-        zeros = counter.count(plain, run.sparsity, each=prepared.exact_matrices)
+        zeros = counter.count(plain, run.sparsity, each=prepared.exact_matrices, promised=promised)
         scores = task.evaluate(plain, arguments)
     return {
         "scores": scores,
@@ -220,20 +221,24 @@ class ZeroCounter:
         self.sizes = {name: layer.weight.numel() for name, layer in _matrices(model).items()}
         self.weights = sum(self.sizes.values())
 
-    def count(self, model: nn.Module, sparsity: float, *, each: bool) -> int:
+    def count(self, model: nn.Module, sparsity: float, *, each: bool, promised: Mapping[str, int] | None = None) -> int:
         """Zeros of all matrices of a plain model.
 
         Args:
             model: finished, with layers of the same names.
             sparsity: what was promised, of each matrix or of all together.
             each: which of the two.
+            promised: zeros of each matrix, by name, where the sparsity does not say them.
 
         Raises:
             RuntimeError: if zeros are missing, or there are more than promised.
         """
         zeros = {name: count_zeros(model.get_submodule(name).weight) for name in self.sizes}  # type: ignore[arg-type]
         total = sum(zeros.values())
-        if each:
+        if promised is not None:
+            for name, found in zeros.items():
+                _check_count(name, found, promised.get(name, 0), self.natural[name])
+        elif each:
             for name, found in zeros.items():
                 _check_count(name, found, num_pruned(self.sizes[name], sparsity), self.natural[name])
         else:

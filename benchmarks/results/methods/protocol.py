@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,8 @@ class Prepared:
         penalty: what is added to the loss, a scalar with a gradient.
         facts: called after training, before `finish`; numbers worth a place beside the score.
         exact_matrices: whether each matrix has the count of zeros that is promised, or only all of them together.
+        promised: called after training, before `finish`, where the sparsity is not that of every matrix; the zeros of
+            each, by name, none in those left out.
     """
 
     model: nn.Module
@@ -75,6 +77,7 @@ class Prepared:
     penalty: Callable[[], Tensor] | None = None
     facts: Callable[[], dict[str, float]] = dict
     exact_matrices: bool = True
+    promised: Callable[[], Mapping[str, int]] | None = None
 
 
 @dataclass(frozen=True)

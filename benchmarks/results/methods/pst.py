@@ -12,7 +12,8 @@ from typing import Any
 
 from peft import PeftConfig, get_peft_model
 
-from peft_pst import PSTCallback, PSTConfig, parameter_groups
+from peft_pst import PSTCallback, PSTConfig, parameter_groups, report_model
+from peft_pst.patterns import Coupled, parse_pattern
 
 from .protocol import Goal, Method, Prepared, Start
 
@@ -30,7 +31,19 @@ def _prepare(start: Start, goal: Goal, *, config: Callable[..., PSTConfig]) -> P
     model: Any = get_peft_model(start.model, adapter)
     groups = parameter_groups(model, lr=goal.lr, score_lr=goal.score_lr, head_lr=goal.head_lr)
     finish = partial(model.merge_and_unload, safe_merge=True)
-    return Prepared(model, groups, finish, callbacks=[PSTCallback()], exact_matrices=adapter.scope == "matrix")
+    return Prepared(
+        model,
+        groups,
+        finish,
+        callbacks=[PSTCallback()],
+        exact_matrices=adapter.scope == "matrix",
+        promised=partial(_promised, model) if isinstance(parse_pattern(adapter.pattern), Coupled) else None,
+    )
+
+
+def _promised(model: Any) -> dict[str, int]:
+    # Of the matrices that heads and neurons are made of; the others stay dense.
+    return {row.name: row.promised or 0 for row in report_model(model).layers}
 
 
 @dataclass(frozen=True)
