@@ -114,7 +114,7 @@ def test_heads_are_counted_where_there_are_some_and_nothing_else() -> None:
     }
     plain = prepared.finish()
     assert counter.count(plain, 0.5, each=True, promised=promised) == sum(promised.values())
-    with pytest.raises(RuntimeError, match="intermediate.dense: 0 zeros, but"):
+    with pytest.raises(RuntimeError, match=r"intermediate\.dense: 0 zeros, but"):
         counter.count(plain, 0.5, each=True)
 
 
