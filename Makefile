@@ -27,7 +27,7 @@ INTEGRATIONS := tests/test_integrations.py tests/test_quantised.py tests/test_qu
 test-integrations: $(VENV)/integrations.stamp  ## real runs in TRL, diffusers and others; quantised bases; ONNX, OpenVINO, MKL
 	$(BIN)/python -m pytest -m "not gpu" $(INTEGRATIONS)
 
-test-peft: $(VENV)/test.stamp  ## PEFT's own test-suite, fetched, with PST among the methods it tries (four minutes)
+test-peft: $(VENV)/integrations.stamp  ## PEFT's own test-suite, fetched, with PST among the methods it tries (four minutes)
 	$(BIN)/python -c "import setuptools" 2>/dev/null || $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) setuptools
 	$(BIN)/python tests/peft_suite.py
 
