@@ -31,7 +31,7 @@ test-peft: $(VENV)/integrations.stamp  ## PEFT's own test-suite, fetched, with P
 	$(BIN)/python -c "import setuptools" 2>/dev/null || $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) setuptools
 	$(BIN)/python tests/peft_suite.py
 
-compatibility: $(VENV)/test.stamp  ## write docs/compatibility.md anew
+compatibility: $(VENV)/test.stamp  ## write docs/compatibility.md and its part of the README anew
 	$(BIN)/python tests/compatibility_page.py
 
 test-kernels: $(VENV)/test.stamp  ## the GPU kernels without a GPU: interpreted, and compiled for two kinds (four minutes)

@@ -1,8 +1,9 @@
-"""Writes docs/compatibility.md from the list that the tests run: `make compatibility`."""
+"""Writes docs/compatibility.md, and its part of the README, from the list that the tests run: `make compatibility`."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from peft_suite import EXCLUDED, INSERTED
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
+README = ROOT / "README.md"
+START, END = "<!-- compatibility: written by `make compatibility` -->", "<!-- end -->"
 PACKAGES = ("torch", "peft", "transformers", "accelerate", "sentence-transformers", "trl", "diffusers")
 
 NOTE = """
@@ -47,9 +50,9 @@ def pinned(constraints: str) -> dict[str, str]:
     return dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / constraints).read_text(), re.MULTILINE))
 
 
-def versions() -> list[str]:
+def versions(packages: Sequence[str] = PACKAGES) -> list[str]:
     oldest, newest = pinned("constraints-oldest.txt"), pinned("constraints.txt")
-    rows = [f"| {name} | {oldest.get(name, '-')} | {newest[name]} |" for name in PACKAGES]
+    rows = [f"| {name} | {oldest.get(name, '-')} | {newest[name]} |" for name in packages]
     return ["| package | oldest | newest |", "|---|---|---|", *rows]
 
 
@@ -65,6 +68,15 @@ def page() -> str:
     return "\n".join([*parts, *suite()]) + "\n"
 
 
+def readme() -> str:
+    """The whole README, with what is refused and the versions between two comments."""
+    before, _, rest = README.read_text().partition(START)
+    _, _, after = rest.partition(END)
+    refused = [f"| {each.name} | {each.meaning} |" for each in OPERATIONS if each.refusal]
+    table = ["| refused | why |", "|---|---|", *refused]
+    return before + "\n".join([START, "", *table, "", *versions(("peft", "transformers")), "", END]) + after
+
+
 def suite() -> list[str]:
     """What is said of PEFT's own tests."""
     files = ", ".join(f"`{name.removesuffix('.py')}`" for name in sorted(INSERTED))
@@ -78,3 +90,4 @@ def suite() -> list[str]:
 if __name__ == "__main__":
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page())
+    README.write_text(readme())

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from compatibility_page import PAGE, page
+from compatibility_page import PAGE, README, page, readme
 from contract import OPERATIONS, Operation
 from contract_cases import CASES, Case
 
@@ -44,3 +44,4 @@ def test_every_operation_is_tried() -> None:
 
 def test_the_page_says_what_is_tried() -> None:
     assert PAGE.read_text() == page(), "run `make compatibility`"
+    assert README.read_text() == readme(), "run `make compatibility`"
