@@ -62,7 +62,14 @@ def is_plain_embedding(module: object) -> bool:
 @contextmanager
 def training_embeddings(model: nn.Module) -> Iterator[None]:
     """Let the updates of a model's embeddings train for one forward, also in evaluation mode."""
-    layers = [module for module in model.modules() if isinstance(module, PSTEmbeddingUpdate)]
+    if not torch.is_grad_enabled():
+        yield
+        return
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, PSTEmbeddingUpdate) and not module._is_asked_by_model  # by a forward around this one
+    ]
     for layer in layers:
         layer._is_asked_by_model = True
     try:
@@ -132,7 +139,7 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         self._dense_weight: Tensor | None = None  # the base weight while an adapter is merged
         self._active_adapter = adapter_name
         self._is_asked_by_model = False
-        self._missed_gradient = False  # since the last step
+        self._was_trained, self._was_left_out = False, False  # by a lookup since the last step
         self.update_layer(adapter_name, config)
         self.training = base_layer.training  # as the model is that it becomes a part of
 
@@ -192,16 +199,18 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         for name in names:
             U, V = self.pst_embedding_U[name], self.pst_embedding_V[name]
             trains = self.training or self._is_asked_by_model
-            self._missed_gradient = not trains and torch.is_grad_enabled() and U.requires_grad
+            if torch.is_grad_enabled() and U.requires_grad:
+                self._was_trained, self._was_left_out = self._was_trained or trains, self._was_left_out or not trains
             if not trains:
                 U, V = U.detach(), V.detach()
             embedded = self._updated(embedded, F.embedding(input, U, self._base.padding_idx), V, name)
         return embedded
 
-    def warn_of_missed_gradient(self) -> None:
+    def warn_if_left_out(self) -> None:
         """Warn, after a step, if it was computed in evaluation mode, where embeddings do not train."""
-        if self._missed_gradient:
-            self._missed_gradient = False
+        left_out = self._was_left_out and not self._was_trained
+        self._was_trained, self._was_left_out = False, False
+        if left_out:
             warnings.warn(
                 f"The step was computed in evaluation mode and not by the PeftModel, so that the update of "
                 f"{self.module_name} does not train; call model.train() before, or leave the embeddings alone with "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .config import PSTConfig
@@ -176,25 +178,25 @@ class PSTHost(nn.Module, PSTWrapper):
     @property
     def in_features(self) -> int:
         """What the module says, or the columns of its first matrix."""
-        return getattr(self.base_layer, "in_features", next(self._layers()).in_features)
+        return getattr(self.base_layer, "in_features", next(self._matrices()).in_features)
 
     @property
     def out_features(self) -> int:
         """What the module says, or the rows of its first matrix."""
-        return getattr(self.base_layer, "out_features", next(self._layers()).out_features)
+        return getattr(self.base_layer, "out_features", next(self._matrices()).out_features)
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """Of its layers, which agree."""
-        return next(self._layers()).active_adapter
+        """Of its matrices, which agree."""
+        return next(self._matrices()).active_adapter
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
-        """Of its layers, which agree."""
-        return next(self._layers()).merged_adapters
+        """Of all its matrices together."""
+        return list(dict.fromkeys(name for matrix in self._matrices() for name in matrix.merged_adapters))
 
     def _get_available_adapters(self) -> set[str]:
-        return set().union(*(layer._get_available_adapters() for layer in self._layers()))
+        return set().union(*(matrix._get_available_adapters() for matrix in self._matrices()))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Nothing: its layers are switched themselves."""
@@ -242,18 +244,23 @@ class PSTHost(nn.Module, PSTWrapper):
     ) -> nn.Module:
         """The base module, for PEFT to put back; with the masked weights if these are merged."""
         if merge:
-            for matrix in self._layers():
+            for matrix in self._matrices():
                 matrix.merge(safe_merge=safe_merge, adapter_names=adapter_names)
                 matrix.drop_dense()
+        _unload_within(self.base_layer, merge, safe_merge, adapter_names)
         return self.base_layer
 
     def _of(self, parameter_name: str) -> list[PSTMatrix]:
         return cast("list[PSTMatrix]", list(cast("nn.ModuleList", self.matrices[parameter_name])))
 
-    def _layers(self) -> Iterator[PSTModule]:
-        """Everything that has adapters here."""
+    def _matrices(self) -> Iterator[PSTMatrix]:
         for name in self.matrices:
             yield from self._of(name)
+
+    def put_in_force(self, adapter_names: str | list[str], inference_mode: bool) -> None:
+        """Switch its matrices, as PEFT switches the layers that it finds."""
+        for matrix in self._matrices():
+            matrix.set_adapter(adapter_names, inference_mode=inference_mode)
 
     def _weight_in_force(self, parameter_name: str) -> Tensor | None:
         """What the module multiplies by instead of a parameter; None where that is right as it is."""
@@ -280,13 +287,66 @@ def _stacked(pairs: Sequence[tuple[PSTMatrix, list[str]]]) -> Tensor:
         return torch.stack([matrix._as_stored(matrix.get_masked_weight(names)) for matrix, names in pairs])
 
 
-class ParamWrapper(PSTHost):
-    """PST on parameters that `target_parameters` names.
+class HostPlaces:
+    """The hosts of a model, and where they stand."""
 
-    PEFT refuses to adapt a parameter of a tuner layer, unless its class has this name.
-    """
+    def __init__(self, model: nn.Module) -> None:
+        self._places: list[tuple[nn.Module, str, PSTHost]] = []
+        self._by_base: dict[nn.Module, PSTHost] = {}
+        for parent in model.modules():
+            for name, child in parent.named_children():
+                if isinstance(child, PSTHost):
+                    self.add(parent, name, child)
 
-    parameter_name = ""  # PEFT asks for one, to find the wrapper of a parameter; this one has all of its module
+    def add(self, parent: nn.Module, name: str, host: PSTHost) -> None:
+        """Note that a host stands there, or is to."""
+        self._places.append((parent, name, host))
+        self._by_base[host.base_layer] = host
+
+    def of(self, base: nn.Module) -> PSTHost | None:
+        """The host of a plain module, if it has one."""
+        return self._by_base.get(base)
+
+    def __iter__(self) -> Iterator[PSTHost]:
+        return iter(self._by_base.values())
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Have the plain modules in their places, and in the end all hosts, those that were added among them.
+
+        PEFT does not look into tuner layers for what to adapt, and a host may hold layers and parameters beside those
+        that it stands for.
+
+        Raises:
+            ValueError: if something else has come into the place of one.
+        """
+        for parent, name, host in self._places:
+            setattr(parent, name, host.base_layer)
+        try:
+            yield
+            for parent, name, host in self._places:
+                if getattr(parent, name) is not host.base_layer:
+                    raise ValueError(
+                        f"Module {host.module_name} is named in modules_to_save, but PST adapts its parameters; take "
+                        "it out of modules_to_save, or out of what is adapted."
+                    )
+        finally:
+            for parent, name, host in self._places:
+                setattr(parent, name, host)
+
+
+def _unload_within(holder: nn.Module, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> None:
+    """Take out what is adapted inside a host, where PEFT does not look."""
+    for name, child in list(holder.named_children()):
+        unload = getattr(child, "unload_and_optionally_merge_module", None)
+        if unload is not None:
+            setattr(holder, name, unload(merge=merge, safe_merge=safe_merge, adapter_names=adapter_names))
+        elif isinstance(child, BaseTunerLayer):
+            if merge:
+                child.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            setattr(holder, name, child.get_base_layer())
+        else:
+            _unload_within(child, merge, safe_merge, adapter_names)
 
 
 class PSTMultiheadAttention(PSTHost):
@@ -296,32 +356,16 @@ class PSTMultiheadAttention(PSTHost):
     output projection is a layer that the module reads, not calls.
     """
 
-    def adapt_inputs(self, adapter_name: str, config: PSTConfig, status: ScheduleStatus) -> None:
-        """Add an adapter to the query, key and value projections, or start it afresh there."""
+    def adapt_all(self, adapter_name: str, config: PSTConfig, status: ScheduleStatus) -> None:
+        """Add an adapter to all projections, or start it afresh."""
         base: Any = self.base_layer
         if base.in_proj_weight is not None:
             self.adapt("in_proj_weight", adapter_name, config, status, num_parts=3)
         else:
             for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
                 self.adapt(name, adapter_name, config, status)
-
-    def adapt_output(self, adapter_name: str, config: PSTConfig, status: ScheduleStatus) -> None:
-        """Add an adapter to the output projection, or start it afresh there."""
-        base: Any = self.base_layer
         if isinstance(base.out_proj, PSTModule):
             base.out_proj.update_layer(adapter_name, config, status)
         else:
             name = f"{self.module_name}.out_proj"
             base.out_proj = PSTStoredLinear(base.out_proj, adapter_name, config, status, name)
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        base: Any = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        base.out_proj = base.out_proj.get_base_layer()
-        return base
-
-    def _layers(self) -> Iterator[PSTModule]:
-        yield from super()._layers()
-        base: Any = self.base_layer
-        yield base.out_proj

@@ -59,6 +59,30 @@ adapter file is damaged or belongs to another model; load the one that was saved
         )
 
 
+def in_present_places(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors under the names that its layers have now.
+
+    What is inside a module whose parameters are adapted has `base_layer` in its name, and is named without where no
+    adapter is on these parameters, or none yet.
+
+    Args:
+        model: with the adapter.
+        state: its tensors by the names of a file.
+    """
+    layers = {_without_wrappers(name) for name, layer in model.named_modules() if isinstance(layer, PSTTunerLayer)}
+    present = {_plain(name): name for name in layers}
+
+    def renamed(key: str) -> str:
+        layer, is_ours, part = key.partition(".pst_")
+        return f"{present.get(_plain(layer), layer)}{is_ours}{part}" if layer not in layers else key
+
+    return {renamed(key): tensor for key, tensor in state.items()}
+
+
+def _plain(name: str) -> str:
+    return name.replace(".base_layer.", ".")
+
+
 def adapted_modules(model: nn.Module, state: Iterable[str]) -> set[str]:
     """Names of the modules that an adapter's tensors belong to, for `inject_adapter_in_model(state_dict=...)`.
 
@@ -81,13 +105,13 @@ def adapted_modules(model: nn.Module, state: Iterable[str]) -> set[str]:
     adapted, parameters = set(), set()
     for name in names:
         host, _, parameter = name.partition(".matrices.")
-        holder = host.removesuffix(".base_layer.out_proj")
-        if isinstance(_base_of(modules.get(holder)), nn.MultiheadAttention):
-            adapted.add(holder)
-        elif parameter:
-            parameters.add(f"{host}.{parameter.rpartition('.')[0]}")
+        plain = host if host in modules else _plain(host)
+        if not parameter or isinstance(_base_of(modules.get(plain)), nn.MultiheadAttention):
+            adapted.add(plain)
         else:
-            adapted.add(name)
+            parameters.add(f"{host}.{parameter.rpartition('.')[0]}")
+    attending = {name for name in adapted if isinstance(_base_of(modules.get(name)), nn.MultiheadAttention)}
+    adapted -= {f"{name}.out_proj" for name in attending}  # which goes with the others
     if parameters:
         raise ValueError(
             f"The state dict holds the adapters of {len(parameters)} parameters, such as {min(parameters)}, and "

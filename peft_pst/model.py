@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from .callers import users_level
 from .embedding import PSTEmbeddingUpdate, check_embedding, training_embeddings
 from .group_selection import couple
-from .hosts import ParamWrapper, PSTHost, PSTMultiheadAttention
+from .hosts import HostPlaces, PSTHost, PSTMultiheadAttention
 from .kinds import check_parameter, kind_of
 from .layer import PSTLayer
-from .loading import adapted_modules, check_stored_adapter, updated_embeddings
+from .loading import adapted_modules, check_stored_adapter, in_present_places, updated_embeddings
 from .nesting import check_not_nested, mark_pruned
 from .plan import LayerPlan, ScheduleStatus
 from .quantised import PSTQuantisedLinear, backend_of, dequantise_the_rest
@@ -62,6 +61,10 @@ class PSTModel(BaseTuner):
     tuner_layer_cls = PSTTunerLayer
     # Found from the structure of the model instead, see `find_block_linears`.
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with training_embeddings(self.model):
+            return super().forward(*args, **kwargs)
 
     def update_sparsity(self, step: int, total_steps: int | None = None) -> float:
         """Put the schedule's sparsity after `step` finished optimizer steps in force; see `update_sparsity`."""
@@ -108,23 +111,16 @@ class PSTModel(BaseTuner):
         if isinstance(target, PSTLayer):
             target.update_layer(adapter_name, peft_config, self._status)
             return
-        if isinstance(target, PSTMultiheadAttention):
-            if self._named is not None or self._is_target(peft_config, current_key):
-                target.adapt_inputs(adapter_name, peft_config, self._status)
-            target.adapt_output(adapter_name, peft_config, self._status)
-            return
         backend = None if isinstance(target, BaseTunerLayer) else backend_of(self.model, target)
         kind = kind_of(target, parent, current_key, backend)
         for name in ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             _check_untied(self._shared.get((target, name)), current_key, "Adapting")
-        new_module: nn.Module
         if issubclass(kind, PSTMultiheadAttention):
-            new_module = kind(target, current_key)
-            new_module.adapt_inputs(adapter_name, peft_config, self._status)
-            new_module.adapt_output(adapter_name, peft_config, self._status)
-        else:
-            options = {} if backend is None else {"backend": backend}
-            new_module = kind(target, adapter_name, peft_config, self._status, current_key, **options)
+            attention = cast("PSTMultiheadAttention", self._host_of(target, kind, parent, target_name, current_key))
+            attention.adapt_all(adapter_name, peft_config, self._status)
+            return
+        options = {} if backend is None else {"backend": backend}
+        new_module = kind(target, adapter_name, peft_config, self._status, current_key, **options)
         if adapter_name not in self.active_adapters:
             # A further adapter is not trainable until it is activated.
             new_module.requires_grad_(False)
@@ -153,15 +149,18 @@ class PSTModel(BaseTuner):
         parameter_path: str,
         parameter_name: str,
     ) -> None:
-        # A module whose parameters are adapted already comes by itself, or as what the host in its place holds.
-        found = [module for module in (target, parent) if isinstance(module, PSTHost)]
-        base = found[0].base_layer if found else target
-        check_parameter(base, parameter_name, parameter_path)
-        _check_untied(self._shared.get((base, parameter_name)), parameter_path, "Adapting")
-        host = found[0] if found else ParamWrapper(target, parameter_path.removesuffix(f".{parameter_name}"))
+        check_parameter(target, parameter_name, parameter_path)
+        _check_untied(self._shared.get((target, parameter_name)), parameter_path, "Adapting")
+        name = parameter_path.removesuffix(f".{parameter_name}")
+        host = self._host_of(target, PSTHost, parent, target_name, name)
         host.adapt(parameter_name, adapter_name, peft_config, self._status)
-        if not found:
-            self._replace_module(parent, target_name, host, target)
+
+    def _host_of(
+        self, target: nn.Module, kind: type[PSTHost], parent: nn.Module, target_name: str, module_name: str
+    ) -> PSTHost:
+        host = self._hosts.of(target) or kind(target, module_name)
+        self._hosts.add(parent, target_name, host)
+        return host
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper | PSTHost) or isinstance(new_module, PSTTunerLayer):
@@ -173,10 +172,6 @@ class PSTModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        check_not_nested(model, adapter_name)
-        super()._pre_injection_hook(model, config, adapter_name)
-
     def inject_adapter(
         self,
         model: nn.Module,
@@ -185,20 +180,15 @@ class PSTModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        # The modules that a state dict names, and the keys from which PEFT reads them.
-        self._named: set[str] | None = None
-        config: Any = self.peft_config[adapter_name]
-        if state_dict is not None and not config.target_parameters:  # which PEFT refuses itself
-            self._named = adapted_modules(model, state_dict)
-            if config.embedding_modules is None:
-                config.embedding_modules = updated_embeddings(state_dict)
-            state_dict = {f"{name}.{self.prefix}": torch.empty(0) for name in self._named}
-        self._attending = [name for name, module in model.named_modules() if isinstance(module, PSTMultiheadAttention)]
         # The one object that all layers of the adapter now being injected share.
         self._status = ScheduleStatus()
         self._shared = shared_weights(model)
+        self._hosts = HostPlaces(model)
+        check_not_nested(model, adapter_name)
+        config: Any = self.peft_config[adapter_name]
+        trains = {parameter: parameter.requires_grad for host in self._hosts for parameter in host.parameters()}
         with _taken_back_if_it_fails(model, adapter_name):
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), self._hosts.aside():
                 # PEFT knows no parameters by name; `_warn_about_unmatched_patterns` looks after this pattern too.
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
                 super().inject_adapter(
@@ -206,23 +196,33 @@ class PSTModel(BaseTuner):
                     adapter_name,
                     autocast_adapter_dtype=autocast_adapter_dtype,
                     low_cpu_mem_usage=low_cpu_mem_usage,
-                    state_dict=state_dict,
+                    state_dict=self._as_named(model, config, state_dict),
                 )
+            for host in self._hosts:
+                host.put_in_force(self.active_adapters, inference_mode=config.inference_mode)
+            for parameter, requires_grad in trains.items():
+                parameter.requires_grad_(requires_grad)
             _prepare_selection(model, adapter_name)
         names = {name for layer in pst_layers(model) if adapter_name in layer.pst_plans for name in layer.pattern_names}
         _warn_about_unmatched_patterns(self.peft_config[adapter_name], names)
 
+    def _as_named(
+        self, model: nn.Module, config: Any, state_dict: dict[str, Tensor] | None
+    ) -> dict[str, Tensor] | None:
+        """The keys from which PEFT reads the modules that a state dict names."""
+        self._named: set[str] | None = None
+        if state_dict is None or config.target_parameters:  # which PEFT refuses itself
+            return state_dict
+        self._named = adapted_modules(model, state_dict)
+        if config.embedding_modules is None:
+            config.embedding_modules = updated_embeddings(state_dict)
+        return {f"{name}.{self.prefix}": torch.empty(0) for name in self._named}
+
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]  # PEFT's is static
         found = super()._check_target_module_exists(peft_config, key)
-        if found is not None and found is not False:
-            return found  # also what is excluded, which PEFT says by an object of its own
-        if key in self._attending and self._is_target(peft_config, f"{key}.out_proj"):
-            return True  # PEFT does not look into what is adapted, so that a further adapter comes through the host
-        return _is_named(key, peft_config.embedding_modules or ())
-
-    def _is_target(self, peft_config: Any, key: str) -> bool:
-        found = super()._check_target_module_exists(peft_config, key)
-        return isinstance(found, bool | re.Match) and bool(found)
+        # What is excluded stays so; PEFT says it by an object of its own.
+        is_open = found is None or found is False
+        return _is_named(key, peft_config.embedding_modules or ()) if is_open else found
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         """PEFT warns by name of layers that may be tied; those that are are refused by identity when adapted."""
@@ -335,6 +335,7 @@ class PSTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        state_dict = in_present_places(model, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers_with: defaultdict[str, set[str]] = defaultdict(set)
         for key in remapped:
@@ -362,9 +363,6 @@ class PSTModel(BaseTuner):
                 "PST cannot mix adapters within a batch (adapter_names=[...]): each adapter has its own masked weight, "
                 "so the batch would need one product per adapter. Call set_adapter() and run one batch per adapter."
             )
-        if self.model.training or not torch.is_grad_enabled():
-            yield
-            return
         with training_embeddings(self.model):
             yield
 
@@ -475,7 +473,7 @@ def update_sparsity(model: nn.Module, step: int, total_steps: int | None = None)
         layer.pst_plans[name].status.moved = True
     for module in model.modules():
         if isinstance(module, PSTEmbeddingUpdate):
-            module.warn_of_missed_gradient()
+            module.warn_if_left_out()
     return get_sparsity(model)
 
 

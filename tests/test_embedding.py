@@ -302,3 +302,48 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         save_file({**state, key: damaged}, path)
         with pytest.raises(ValueError, match=f"Layer {NAME}, adapter 'default': pst_embedding_V"):
             PeftModel.from_pretrained(bert(), tmp_path)
+
+
+def gradient_of_eval_step(compute) -> Tensor | None:  # type: ignore[no-untyped-def]
+    model = adapted().eval()
+    compute(model)
+    return embedding_of(model).pst_embedding_U["default"].grad
+
+
+def test_which_forwards_train_embeddings_in_evaluation() -> None:
+    def partly(model: PeftModel) -> None:
+        model.train().get_base_model().bert.eval()
+        model(IDS).logits.sum().backward()
+
+    def nested(model: PeftModel) -> None:
+        def again(*_: object) -> None:
+            hook.remove()
+            model(IDS)
+
+        hook = model.get_base_model().bert.register_forward_pre_hook(again)
+        model(IDS).logits.sum().backward()
+
+    def by_the_tuner(model: PeftModel) -> None:
+        model.base_model(IDS).logits.sum().backward()
+
+    def after_an_error(model: PeftModel) -> None:
+        with pytest.raises(ValueError, match="exactly one of input_ids"):
+            model(IDS, inputs_embeds=torch.zeros(2, 4, 16))
+        model.get_base_model()(IDS).logits.sum().backward()
+
+    for compute in (partly, nested, by_the_tuner):
+        assert gradient_of_eval_step(compute) is not None, compute.__name__
+    assert gradient_of_eval_step(after_an_error) is None
+
+
+def test_a_step_is_told_by_its_own_lookups_alone() -> None:
+    model = adapted()
+    with warnings.catch_warnings(action="error"):
+        model.train()(IDS)
+        model.eval().get_input_embeddings()(IDS)  # such as an attribution, between step and schedule
+        update_sparsity(model, 1, 10)
+    model.get_base_model()(IDS)
+    with torch.no_grad():
+        model(IDS)
+    with pytest.warns(UserWarning, match="does not train; call model.train"):
+        update_sparsity(model, 2, 10)

@@ -466,3 +466,119 @@ def test_experts_compile_into_one_graph_for_training_and_one_for_evaluation() ->
     config = PSTConfig(target_modules=[], target_parameters=EXPERTS, target_sparsity=0.6, r=2, score_rank=3)
     x = torch.randn(9, 16, generator=torch.Generator().manual_seed(1))
     assert graphs_of_compiled(get_peft_model(Routed(), config), (x,)) == 2
+
+
+class Projecting(nn.Module):
+    """A matrix of its own beside a layer, as in CLIP's vision model; `inner` for one within another."""
+
+    def __init__(self, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.proj = nn.Parameter(torch.randn(8, 8) / 3)
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.fc(x)) @ self.proj
+        return x if self.inner is None else self.inner(x)
+
+
+def projecting() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"vis": Projecting(Projecting()), "head": nn.Linear(8, 3)})
+
+
+def projected(model: nn.Module) -> Tensor:
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base["head"](base["vis"](x))
+
+
+EVERYTHING: dict[str, object] = {"target_modules": ["fc", "head"], "target_parameters": ["vis.proj", "inner.proj"]}
+ALL_NAMES = {"head", "vis.fc", "vis.inner.fc", "vis.proj", "vis.inner.proj"}
+
+
+def names_with(model: nn.Module, adapter_name: str) -> set[str]:
+    return {layer.module_name for layer in layers_of(model).values() if adapter_name in layer.pst_plans}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (EVERYTHING, ALL_NAMES),
+        ({"target_modules": ["fc"]}, {"vis.fc", "vis.inner.fc"}),
+        ({"target_modules": [], "target_parameters": ["inner.proj"]}, {"vis.inner.proj"}),
+        ({"target_modules": "all-linear"}, {"head", "vis.fc", "vis.inner.fc"}),
+    ],
+    ids=["all", "layers inside", "one parameter inside", "all-linear"],
+)
+def test_a_second_adapter_reaches_what_is_inside_a_host(
+    options: dict[str, object], expected: set[str], tmp_path: Path
+) -> None:
+    model = adapted(projecting(), **EVERYTHING)
+    assert names_with(model, "default") == ALL_NAMES
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.add_adapter("second", PSTConfig(target_sparsity=0.5, initial_sparsity=0.5, r=1, **options))  # type: ignore[arg-type]
+    assert names_with(model, "second") == expected
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    model.set_adapter("second")
+    shake(model, seed=4)
+    outputs = projected(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(projecting(), str(tmp_path / "second"))
+    assert torch.equal(projected(loaded), outputs)
+    loaded = PeftModel.from_pretrained(projecting(), str(tmp_path), adapter_name="first")
+    loaded.load_adapter(str(tmp_path / "second"), "second")
+    loaded.set_adapter("second")
+    assert torch.equal(projected(loaded), outputs)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_nothing_is_left_inside_a_host_that_is_unloaded(merge: bool) -> None:
+    base = projecting()
+    model = adapted(copy.deepcopy(base), **EVERYTHING)
+    outputs = projected(model) if merge else projected(base)
+    plain = model.merge_and_unload() if merge else model.unload()
+    assert {name: type(module) for name, module in plain.named_modules()} == {
+        name: type(module) for name, module in base.named_modules()
+    }
+    assert list(plain.state_dict()) == list(base.state_dict())
+    torch.testing.assert_close(projected(plain), outputs)
+
+
+def test_an_adapter_of_one_projection_loads_with_and_without_the_others(tmp_path: Path) -> None:
+    inputs = batch({})
+    model = adapted(attention({}), target_modules=["attn"])
+    model.add_adapter("out", PSTConfig(target_sparsity=0.5, initial_sparsity=0.5, target_modules=["out_proj"], r=1))
+    model.set_adapter("out")
+    shake(model, seed=4)
+    outputs = output(model, *inputs)
+    model.save_pretrained(tmp_path)
+    folder = str(tmp_path / "out")
+    alone = PeftModel.from_pretrained(attention({}), folder).eval()
+    torch.testing.assert_close(output(alone, *inputs), outputs)
+    alone.load_adapter(str(tmp_path), "first")
+    torch.testing.assert_close(output(alone, *inputs), outputs)
+    alone.save_pretrained(tmp_path / "again", selected_adapters=["default"])
+    beside = PeftModel.from_pretrained(attention({}), str(tmp_path), adapter_name="first").eval()
+    for number, saved in enumerate((folder, str(tmp_path / "again"))):
+        beside.load_adapter(saved, f"out{number}")
+        beside.set_adapter(f"out{number}")
+        torch.testing.assert_close(output(beside, *inputs), outputs)
+
+
+def test_the_status_is_regular_where_adapters_are_on_different_matrices() -> None:
+    model = adapted(projecting(), target_modules=[], target_parameters=["vis.proj"])
+    model.add_adapter("second", PSTConfig(target_modules=[], target_parameters=["inner.proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    for change in (model.merge_adapter, model.unmerge_adapter):
+        change()
+        status = model.get_model_status()
+        assert "irregular" not in (status.enabled, status.active_adapters, *status.requires_grad.values())
+
+
+def test_what_is_adapted_inside_is_not_saved_in_full_as_well() -> None:
+    model = adapted(projecting(), target_modules=["head"], target_parameters=["vis.proj"])
+    with pytest.raises(ValueError, match="Module vis is named in modules_to_save"):
+        model.add_adapter("second", PSTConfig(target_modules=["head"], modules_to_save=["vis"]))
+    assert names_with(model, "default") == {"head", "vis.proj"}
+    assert not names_with(model, "second")

@@ -116,6 +116,11 @@ def test_heads_are_counted_where_there_are_some_and_nothing_else() -> None:
     assert counter.count(plain, 0.5, each=True, promised=promised) == sum(promised.values())
     with pytest.raises(RuntimeError, match=r"intermediate\.dense: 0 zeros, but"):
         counter.count(plain, 0.5, each=True)
+    untrained = METHODS["dsee"].prepare(
+        start(tiny_bert()), replace(wanted, options={"pattern": "heads", "residual": 0})
+    )
+    assert untrained.promised is not None
+    assert untrained.promised() == promised, "of the target, and not of where the schedule stands"
 
 
 def test_one_budget_over_all_matrices_is_counted_over_all_of_them() -> None:

@@ -43,7 +43,7 @@ def _prepare(start: Start, goal: Goal, *, config: Callable[..., PSTConfig]) -> P
 
 def _promised(model: Any) -> dict[str, int]:
     # Of the matrices that heads and neurons are made of; the others stay dense.
-    return {row.name: row.promised or 0 for row in report_model(model).layers}
+    return {row.name: row.promised_at_target or 0 for row in report_model(model).layers}
 
 
 @dataclass(frozen=True)
