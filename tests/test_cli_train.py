@@ -422,6 +422,21 @@ def test_the_rank_has_a_name_that_launchers_leave_alone() -> None:
     assert parse([*required, "--pst_r", "3"]).pst.r == parse([*required, "--pst-r", "3"]).pst.r == 3
 
 
+@pytest.mark.parametrize(
+    ("arguments", "rate"),
+    [
+        ([], 2e-3),
+        (["--preset", "dsee"], 2e-3),
+        (["--preset", "paper"], 5e-4),
+        (["--preset", "paper", "--learning_rate", "0.002"], 2e-3),
+        (["--learning-rate", "5e-5"], 5e-5),
+    ],
+    ids=str,
+)
+def test_the_learning_rate_fits_what_is_trained(arguments: list[str], rate: float) -> None:
+    assert parse(["--model_name_or_path", "m", "--output_dir", "o", *arguments]).training.learning_rate == rate
+
+
 @pytest.mark.parametrize(("text", "expected"), [("4", 4), ("none", None)])
 def test_mask_interval_is_a_number_or_none(text: str, expected: int | None) -> None:
     options = parse(["--model_name_or_path", "m", "--output_dir", "o", "--mask_interval", text])

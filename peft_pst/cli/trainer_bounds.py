@@ -65,5 +65,6 @@ def check_bounds(training: TrainingArguments) -> None:
         for name in bound.names:
             value = getattr(training, name)
             if value is not None and not bound.holds(value):
-                default = TrainingArguments.__dataclass_fields__[name].default
-                raise UserError(f"--{name} {value} must be {bound.text}; the default is {default}.")
+                default = type(training).__dataclass_fields__[name].default
+                hint = "leave it out for the default" if default is None else f"the default is {default}"
+                raise UserError(f"--{name} {value} must be {bound.text}; {hint}.")
