@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from tiny_results import fake, machine, write_data, write_settings
 
 from benchmarks.results import __main__ as command_line
-from benchmarks.results.pictures import choose_looks, spread_apart
+from benchmarks.results.pictures import choose_looks, plot_over_parameters, plot_over_sparsity, spread_apart
 from benchmarks.results.runs import make_run
 from benchmarks.results.search import answer, group_of, question, questions, rates_for, save_answers
 from benchmarks.results.settings import Settings, read_settings, with_max_steps
@@ -128,6 +129,20 @@ def test_a_table_of_fake_runs(settings: Settings, data: Path, tmp_path: Path) ->
     assert "| LoRA | 0.00 M | 85.00 ± 7.07 (2) |  |  |" in text
     assert "| PST | 0.00 M |  | 70.00 (1) | 61.00 ± 1.41 (2) |" in text
     assert "| PST | 50 % | 70.0000 % | lr 0.001 | 70.00 | 1 | 0 | seed 1 |  |" in text
+
+
+def test_a_score_that_is_not_defined_is_in_the_table_and_not_in_the_pictures(
+    settings: Settings, data: Path, tmp_path: Path
+) -> None:
+    dense = make_run(settings, machine(data), "sst2", "lora", 0.0, 0, {"lr": 1e-3})
+    constant = make_run(settings, machine(data), "sst2", "pst", 0.5, 0, {"lr": 1e-3})
+    fake(dense, tmp_path, 0.8)
+    fake(constant, tmp_path, math.nan)  # the correlation of one and the same prediction for all
+    cells = make_cells(settings, [("lora", dense), ("pst", constant)], tmp_path)
+    assert "nan (1)" in to_markdown(settings, cells)
+    for plot in (plot_over_sparsity, plot_over_parameters):
+        with_it, without = (plot(those, tmp_path / "p.png").read_bytes() for those in (cells, cells[:1]))
+        assert with_it == without
 
 
 def test_the_command_writes_table_and_pictures(

@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, which stay apart for colour-blind readers; every li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -38,9 +39,10 @@ def plot_over_sparsity(cells: Sequence[Cell], path: Path) -> Path:
     """Draw mean and spread of every method that prunes over the sparsity; the others are level lines.
 
     Args:
-        cells: of one task.
+        cells: of one task; a score that is not defined, as the correlation of a constant, has no place.
         path: PNG file to write.
     """
+    cells = _defined(cells)
     looks = choose_looks(cells)
     with _styled():
         figure = _new_figure(5.6)
@@ -73,6 +75,7 @@ def plot_over_parameters(cells: Sequence[Cell], path: Path) -> Path:
         cells: of one task; those that do not prune are in every panel.
         path: PNG file to write.
     """
+    cells = _defined(cells)
     looks = choose_looks(cells)
     sparsities = sorted({cell.sparsity for cell in cells if cell.prunes}) or [0.0]
     panel = 3.2
@@ -97,6 +100,10 @@ def plot_over_parameters(cells: Sequence[Cell], path: Path) -> Path:
         axes.set_xlabel("trained parameters", fontsize=9)
         _add_title(figure, f"{cells[0].task}: score over trained parameters", _subtitle(cells))
         return _write(figure, path)
+
+
+def _defined(cells: Sequence[Cell]) -> list[Cell]:
+    return [cell for cell in cells if math.isfinite(cell.mean)]
 
 
 def choose_looks(cells: Sequence[Cell]) -> dict[str, Look]:
