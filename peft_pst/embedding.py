@@ -153,11 +153,6 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         """The dimension that a token is given."""
         return self._base.embedding_dim
 
-    @property
-    def r(self) -> dict[str, int]:
-        """Rank of the update, by adapter, as PEFT's other tuners have it."""
-        return {name: config.embedding_r for name, config in self.pst_configs.items()}
-
     def update_layer(self, adapter_name: str, config: PSTConfig) -> None:
         """Add an adapter, or start an existing one afresh.
 

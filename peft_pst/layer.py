@@ -200,11 +200,6 @@ class PSTLayer(PSTTunerLayer):
             else:
                 nn.init.zeros_(parameters[adapter_name])
 
-    @property
-    def r(self) -> dict[str, int]:
-        """Rank of the weight update, by adapter, as PEFT's other tuners have it."""
-        return {name: plan.r for name, plan in self.pst_plans.items()}
-
     def has_data(self, adapter_name: str) -> bool:
         """Whether the base weight and the adapter's tensors are there, and not still to be loaded."""
         factors = self.get_factors(adapter_name).tensors

@@ -49,7 +49,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from peft_pst import PSTConfig, PSTLayer, get_sparsity, update_sparsity
+from peft_pst import PSTConfig, get_sparsity, update_sparsity
 from peft_pst.masking import num_pruned
 
 PARAMETERS = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
@@ -580,11 +580,3 @@ def test_update_and_allocate_is_the_same() -> None:
         model.update_sparsity(step) for step in (0, 4, 10)
     ]
     assert model.get_sparsity() == num_pruned(96, 0.9) / 96
-
-
-def test_layers_tell_the_rank_of_each_adapter_as_other_tuners_do() -> None:
-    model = get_peft_model(Net(), PSTConfig(target_modules=["up", "down"], r=2, rank_pattern={r"layers\.1\.down": 0}))
-    model.add_adapter("other", PSTConfig(target_modules=["up"], r=3))
-    ranks = {layer.module_name: layer.r for layer in model.modules() if isinstance(layer, PSTLayer)}
-    assert ranks["layers.0.up"] == {"default": 2, "other": 3}
-    assert ranks["layers.1.down"] == {"default": 0}
