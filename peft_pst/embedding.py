@@ -106,7 +106,8 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
     1 / embedding_dim. The row of `padding_idx` stays as it is.
 
     In evaluation mode, what is looked up by whoever asks the layer itself has no gradient, as from a frozen embedding:
-    PEFT and its users count on this. Then only a forward of the `PeftModel` trains it; in training mode any does.
+    PEFT and its users count on this. Then only a forward of the `PeftModel` or of its tuner trains it; in training mode
+    any does.
 
     Args:
         base_layer: a plain embedding, whose weight is its own.
@@ -242,7 +243,7 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         merged_names = self.merged_adapters + names
         merged = self._updated_weight(merged_names)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(broken_message(names[-1]))
+            raise ValueError(broken_message(names[-1], self.module_name))
         if self._dense_weight is None:
             self._dense_weight = copy_of(self._stored)
         replace_values(self._stored, merged)

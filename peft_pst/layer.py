@@ -672,7 +672,7 @@ class PSTLayer(PSTTunerLayer):
             self._check_finite(adapter_names)
         merged = self.get_masked_weight(adapter_names)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(broken_message(adapter_names[-1]))
+            raise ValueError(broken_message(adapter_names[-1], self.module_name))
         self._check_zeros(merged, adapter_names)
         return merged
 
@@ -680,7 +680,7 @@ class PSTLayer(PSTTunerLayer):
         # A NaN score need not make any weight NaN, so looking at the merged weight alone would miss it.
         for name in adapter_names:
             if not torch.isfinite(self.get_scores(name)).all():
-                raise ValueError(broken_message(name))
+                raise ValueError(broken_message(name, self.module_name))
 
     def _check_zeros(self, merged: Tensor, adapter_names: Sequence[str]) -> None:
         promised = max(self.get_num_pruned(name) for name in adapter_names)

@@ -101,5 +101,8 @@ class PSTTunerLayer(PSTWrapper):
         replace_values(self._stored, dense.to(self._stored.device, self._stored.dtype))
 
 
-def broken_message(adapter_name: str) -> str:
-    return f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
+def broken_message(adapter_name: str, module_name: str) -> str:
+    return (
+        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: layer {module_name} "
+        "would not be finite."
+    )
