@@ -228,7 +228,10 @@ def test_safe_merge_refuses_broken_adapters(name: str, bad: float, step: int) ->
     with torch.no_grad():
         getattr(model.base_model.model.layers[1].down, name)["default"].view(-1)[0] = bad
     before = snapshot(model)
-    message = r"^NaNs detected in the merged weights\. The adapter default seems to be broken$"
+    message = (
+        r"^NaNs detected in the merged weights\. The adapter default seems to be broken: "
+        r"layer layers\.1\.down would not be finite\.$"
+    )
     with pytest.raises(ValueError, match=message):
         model.base_model.model.layers[1].down.merge(safe_merge=True)
     assert not model.base_model.model.layers[1].down.merged
