@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -60,16 +60,12 @@ def is_plain_embedding(module: object) -> bool:
 
 
 @contextmanager
-def training_embeddings(model: nn.Module) -> Iterator[None]:
+def training_embeddings(updates: Sequence[PSTEmbeddingUpdate]) -> Iterator[None]:
     """Let the updates of a model's embeddings train for one forward, also in evaluation mode."""
     if not torch.is_grad_enabled():
         yield
         return
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, PSTEmbeddingUpdate) and not module._is_asked_by_model  # by a forward around this one
-    ]
+    layers = [layer for layer in updates if not layer._is_asked_by_model]  # by a forward around this one
     for layer in layers:
         layer._is_asked_by_model = True
     try:
