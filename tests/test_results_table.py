@@ -16,7 +16,7 @@ from benchmarks.results.pictures import choose_looks, plot_over_parameters, plot
 from benchmarks.results.runs import make_run
 from benchmarks.results.search import answer, group_of, question, questions, rates_for, save_answers
 from benchmarks.results.settings import Settings, read_settings, with_max_steps
-from benchmarks.results.table import make_cells, to_markdown
+from benchmarks.results.table import make_cells, save_table, to_markdown
 
 
 @pytest.fixture
@@ -84,6 +84,16 @@ def test_of_perplexities_the_lowest_wins(settings: Settings, data: Path, tmp_pat
     assert answer(asked, tmp_path)["rates"] == asked.runs[1].rates
 
 
+def test_a_score_that_is_not_defined_wins_no_search(settings: Settings, data: Path, tmp_path: Path) -> None:
+    asked = question(settings, machine(data), "sst2", "pst", (0.9,))
+    for run, score in zip(asked.runs, (math.nan, -0.1), strict=True):
+        fake(run, tmp_path, score)
+    assert answer(asked, tmp_path)["rates"] == asked.runs[1].rates
+    python_wrote = tmp_path / asked.runs[0].file_name
+    python_wrote.write_text(python_wrote.read_text().replace("null", "NaN", 1))
+    assert answer(asked, tmp_path)["rates"] == asked.runs[1].rates
+
+
 def test_every_method_has_the_same_budget(settings_file: Path, data: Path) -> None:
     settings_file.write_text(settings_file.read_text().replace("{score_lr: 1.0e-3}, {score_lr", "{score_lr"))
     settings = read_settings(settings_file)
@@ -139,7 +149,10 @@ def test_a_score_that_is_not_defined_is_in_the_table_and_not_in_the_pictures(
     fake(dense, tmp_path, 0.8)
     fake(constant, tmp_path, math.nan)  # the correlation of one and the same prediction for all
     cells = make_cells(settings, [("lora", dense), ("pst", constant)], tmp_path)
-    assert "nan (1)" in to_markdown(settings, cells)
+    assert "| undefined (1) |" in to_markdown(settings, cells)
+    save_table(settings, cells, tmp_path)
+    for path in tmp_path.glob("*.json"):
+        json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     for plot in (plot_over_sparsity, plot_over_parameters):
         with_it, without = (plot(those, tmp_path / "p.png").read_bytes() for those in (cells, cells[:1]))
         assert with_it == without

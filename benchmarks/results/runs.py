@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -161,8 +162,17 @@ def cells(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write whole or not at all."""
-    write_whole(path, lambda beside: beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    """Write whole or not at all; numbers that are not finite become null, for which JSON has no other word."""
+    text = json.dumps(_finite_or_none(content), indent=2, allow_nan=False)
+    write_whole(path, lambda beside: beside.write_text(text + "\n", encoding="utf-8"))
+
+
+def _finite_or_none(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite_or_none(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite_or_none(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -177,6 +187,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def read_result(folder: Path, run: Run) -> dict[str, Any] | None:
-    """The result of a finished run, or None."""
+    """The result of a finished run, or None; None too in the place of a score that is not defined."""
     path = folder / run.file_name
-    return json.loads(path.read_text(encoding="utf-8"))["result"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    # Of files that Python wrote with NaN in them, too.
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)["result"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,7 +28,7 @@ class Cell:
         sparsity: target, in [0, 1).
         rates: learning rates, beside the head's.
         score_name: such as accuracy.
-        scores: by seed.
+        scores: by seed; NaN where a score is not defined, as a correlation is not with answers that are all alike.
         trained_parameters: numbers that the optimizer moves.
         peak_memory_bytes: the largest of the seeds'.
         seconds: of training, the median of the seeds': of one processor on a CPU, of the clock on a GPU.
@@ -97,14 +98,18 @@ def _cell(settings: Settings, row: str, runs: Sequence[Run], folder: Path) -> Ce
         sparsity=first.sparsity,
         rates=first.rates,
         score_name=results[0]["main_score"],
-        scores={seed: result["scores"][result["main_score"]] for seed, result in found.items()},
+        scores={seed: _number(result["scores"][result["main_score"]]) for seed, result in found.items()},
         trained_parameters=results[0]["trained_parameters"],
         peak_memory_bytes=max(result["peak_memory_bytes"] for result in results),
         seconds=statistics.median(result[clock] for result in results),
         zeros_fraction=results[0]["zeros"] / results[0]["weights"],
         missing=[run.seed for run in runs if run.seed not in found],
-        facts={name: statistics.fmean(r["facts"][name] for r in results) for name in results[0]["facts"]},
+        facts={name: statistics.fmean(_number(r["facts"][name]) for r in results) for name in results[0]["facts"]},
     )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def save_table(settings: Settings, cells: Sequence[Cell], folder: Path) -> str:
@@ -146,8 +151,12 @@ def _score_lines(cells: Sequence[Cell]) -> list[str]:
 
 def say_score(cell: Cell) -> str:
     """Mean, spread and number of seeds."""
-    spread = "" if cell.spread is None else f" ± {cell.factor * cell.spread:.2f}"
-    return f"{cell.factor * cell.mean:.2f}{spread} ({len(cell.scores)})"
+    spread = "" if cell.spread is None or math.isnan(cell.mean) else f" ± {cell.factor * cell.spread:.2f}"
+    return f"{_say(cell.factor * cell.mean)}{spread} ({len(cell.scores)})"
+
+
+def _say(score: float) -> str:
+    return "undefined" if math.isnan(score) else f"{score:.2f}"
 
 
 def _cost_lines(cells: Sequence[Cell]) -> list[str]:
@@ -159,7 +168,7 @@ def _cost_lines(cells: Sequence[Cell]) -> list[str]:
             f"{100 * cell.sparsity:g} %",
             f"{100 * cell.zeros_fraction:.4f} %",
             say_rates(cell.rates),
-            ", ".join(f"{cell.factor * score:.2f}" for _, score in sorted(cell.scores.items())),
+            ", ".join(_say(cell.factor * score) for _, score in sorted(cell.scores.items())),
             f"{cell.peak_memory_bytes / 2**20:.0f}",
             f"{cell.seconds:.0f}",
             ", ".join(f"seed {seed}" for seed in cell.missing),
