@@ -101,6 +101,20 @@ def test_every_method_ends_in_a_plain_model_with_exact_zeros(name: str, architec
         torch.testing.assert_close(plain(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["magnitude-lora", "one-shot-wanda"])
+def test_embeddings_train_where_a_method_says_so(name: str) -> None:
+    for method, trains in ((name, False), (f"{name}-embeddings", True)):
+        model = tiny_bert()
+        before = model.get_input_embeddings().weight.detach().clone()
+        prepared = METHODS[method].prepare(start(model), goal(method, 0.5))
+        train(prepared, torch.tensor([0, 2]))
+        after = prepared.finish().get_input_embeddings().weight
+        changed = (after != before).any(dim=1)
+        looked_up = torch.zeros_like(changed)
+        looked_up[IDS.flatten()] = True
+        assert torch.equal(changed, looked_up if trains else torch.zeros_like(changed))
+
+
 def test_heads_are_counted_where_there_are_some_and_nothing_else() -> None:
     model = tiny_bert()
     counter = ZeroCounter(model)

@@ -119,10 +119,12 @@ def add_masks(model: nn.Module, *, rank: int = 0, learns_scores: bool = False) -
     return [MaskedLayer(layer, rank, learns_scores) for layer in block_linears(model).values()]
 
 
-def merge_masks(model: nn.Module, layers: Sequence[MaskedLayer]) -> nn.Module:
-    """Write the masked weights into the layers, which are plain again."""
+def merge_masks(model: nn.Module, layers: Sequence[MaskedLayer], also: Callable[[], None] | None = None) -> nn.Module:
+    """Write the masked weights into the layers, which are plain again, and whatever `also` writes."""
     for layer in layers:
         parametrize.remove_parametrizations(layer.layer, "weight", leave_parametrized=True)
+    if also is not None:
+        also()
     return model
 
 

@@ -2,7 +2,8 @@
 
 W = M * (W0 + B A), so the update merges without losing a zero (SPP: Lu et al. 2024, arXiv 2405.16057; SQFT: Munoz et
 al. 2024, arXiv 2410.03750). The mask comes from |W0|, or from Wanda's |W0| times the norm of what each input feature
-brings (Sun et al. 2024, arXiv 2306.11695), which prunes every output row alike.
+brings (Sun et al. 2024, arXiv 2306.11695), which prunes every output row alike. With embeddings,
+their low-rank update is PST's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_pst import num_pruned
 from peft_pst.masking import select_mask
 
+from .embeddings import add_embedding_updates
 from .masked import MaskedLayer, add_masks, block_linears, merge_masks
 from .protocol import Goal, Method, Prepared, Start, rate_groups
 
@@ -71,15 +73,16 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return dict(block_linears(model))
 
 
-def _prepare(start: Start, goal: Goal, *, importance: Importance) -> Prepared:
+def _prepare(start: Start, goal: Goal, *, importance: Importance, embeddings: bool = False) -> Prepared:
     scores = importance(start)
     for name, parameter in start.model.named_parameters():
         parameter.requires_grad_(start.is_head(name))
     layers = add_masks(start.model, rank=goal.options["r"])
     for layer, values in zip(layers, scores.values(), strict=True):
         _prune(layer, values, goal.sparsity)
+    write = add_embedding_updates(start.model) if embeddings else None
     groups = rate_groups(start.model, goal, start.is_head)
-    return Prepared(start.model, groups, finish=partial(merge_masks, start.model, layers))
+    return Prepared(start.model, groups, finish=partial(merge_masks, start.model, layers, write))
 
 
 def _prune(layer: MaskedLayer, scores: Tensor, sparsity: float) -> None:
@@ -91,4 +94,10 @@ METHODS = {
         "one-shot magnitude, masked LoRA", ("lr",), partial(_prepare, importance=magnitude), {"r": 8}
     ),
     "one-shot-wanda": Method("one-shot Wanda, masked LoRA", ("lr",), partial(_prepare, importance=wanda), {"r": 8}),
+    "one-shot-wanda-embeddings": Method(
+        "one-shot Wanda, masked LoRA, embeddings too",
+        ("lr",),
+        partial(_prepare, importance=wanda, embeddings=True),
+        {"r": 8},
+    ),
 }
