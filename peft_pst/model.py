@@ -63,7 +63,7 @@ class PSTModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with training_embeddings(self._embeddings):
+        with training_embeddings():
             return super().forward(*args, **kwargs)
 
     def update_sparsity(self, step: int, total_steps: int | None = None) -> float:
@@ -203,8 +203,6 @@ class PSTModel(BaseTuner):
             for parameter, requires_grad in trains.items():
                 parameter.requires_grad_(requires_grad)
             _prepare_selection(model, adapter_name)
-        # Kept, since going through all modules at every forward takes most of a millisecond in a BERT.
-        self._embeddings = [module for module in model.modules() if isinstance(module, PSTEmbeddingUpdate)]
         names = {name for layer in pst_layers(model) if adapter_name in layer.pst_plans for name in layer.pattern_names}
         _warn_about_unmatched_patterns(self.peft_config[adapter_name], names)
 
@@ -365,7 +363,7 @@ class PSTModel(BaseTuner):
                 "PST cannot mix adapters within a batch (adapter_names=[...]): each adapter has its own masked weight, "
                 "so the batch would need one product per adapter. Call set_adapter() and run one batch per adapter."
             )
-        with training_embeddings(self._embeddings):
+        with training_embeddings():
             yield
 
 
