@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -329,6 +329,7 @@ class PSTModel(BaseTuner):
                 "because DeepSpeed ZeRO-3 keeps a part of each on every process. Save with Trainer.save_model(), or "
                 "pass save_pretrained(..., state_dict=accelerator.get_state_dict(model)), which gather them."
             )
+        _undo_merging_of_embeddings(model, state_dict)
         return found
 
     @classmethod
@@ -407,6 +408,22 @@ def _prepare_selection(model: nn.Module, adapter_name: str) -> None:
 def _is_named(module_name: str, names: Collection[str]) -> bool:
     """Whether a module is one of those named by the ends of their names, as in `target_modules`."""
     return any(f".{module_name}".endswith(f".{name}") for name in names)
+
+
+def _undo_merging_of_embeddings(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Put the dense weights of merged embeddings and output layers into what a model's adapter is saved from.
+
+    PEFT takes the base's weights from there too, where they are adapted or the vocabulary was resized. Of a merged one
+    they would be masked and updated once more when the file is loaded.
+    """
+    ends = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):
+            ends.append(getattr(model, get)())
+    for name, module in model.named_modules():
+        if isinstance(module, PSTTunerLayer) and any(module is end for end in ends):
+            dense = {f"{name}.{key}": tensor for key, tensor in module.dense_state().items()}
+            state_dict.update({key: tensor for key, tensor in dense.items() if key in state_dict})
 
 
 def _check_complete(layers: set[str], missing: str, consequence: str) -> None:

@@ -96,6 +96,12 @@ class PSTTunerLayer(PSTWrapper):
         self._dense_weight = None
         self.merged_adapters = []
 
+    def dense_state(self) -> dict[str, Tensor]:
+        """What the layer's `state_dict` would hold of the base while nothing is merged, where something is."""
+        if self._dense_weight is None or is_sharded(self._dense_weight):  # which no process can gather alone
+            return {}
+        return {"base_layer.weight": self._dense_weight.to(self._stored.dtype)}
+
     def _restore(self, dense: Tensor) -> None:
         """Put the dense weight back in its place."""
         replace_values(self._stored, dense.to(self._stored.device, self._stored.dtype))
