@@ -276,7 +276,18 @@ class PSTModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_known(adapter_names)
+        self._try_merging(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
+
+    def _try_merging(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Have every layer refuse before any has changed; one after another, so that no second copy is held."""
+        self._check_merge_allowed()
+        for layer in self.model.modules():
+            may_refuse = safe_merge or isinstance(layer, PSTQuantisedLinear)  # whose grid may have no zero
+            if isinstance(layer, PSTTunerLayer) and may_refuse and not layer.merged:
+                layer.merge(safe_merge, adapter_names)
+                if layer.merged:
+                    layer.unmerge()
 
     def _unload_and_optionally_merge(
         self,
@@ -286,6 +297,8 @@ class PSTModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         self._check_known(adapter_names)
+        if merge:
+            self._try_merging(adapter_names, safe_merge)
         pruned = list(self._bases_to_prune(adapter_names or self.active_adapters if merge else ()))
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for base_layer in pruned:

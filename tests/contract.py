@@ -736,9 +736,9 @@ def merge_over_zeros(case: Case, folder: Path) -> None:
 
 @operation(
     REFUSED,
-    "`get_peft_model` on a `PeftModel`",
+    "`get_peft_model` with PST on a `PeftModel`, or with another tuner on one with PST adapters",
     "nested wrappers hide adapters from each other",
-    (ValueError, "The model is a .* already, and PST is not nested"),
+    (ValueError, "The model is a .* already, and PST is not nested with"),
 )
 def nest(case: Case, folder: Path) -> None:
     get_peft_model(case.pruned(), case.config())

@@ -268,8 +268,11 @@ def test_safe_merge_refuses_broken_adapters(name: str, bad: float, step: int) ->
         model.base_model.model.layers[1].down.merge(safe_merge=True)
     assert not model.base_model.model.layers[1].down.merged
     assert_same_tensors(snapshot(model), before)
-    with pytest.raises(ValueError, match=message):
-        model.merge_and_unload(safe_merge=True)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match=message):
+            merge(safe_merge=True)
+        assert_same_tensors(snapshot(model), before)  # of the layers before it too
+        assert not any(layer.merged for layer in layers_of(model).values())
 
 
 def test_safe_merge_refuses_what_overflows_in_the_bases_dtype() -> None:

@@ -17,6 +17,7 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PromptTuningConfig,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -265,6 +266,17 @@ def test_nested_tuners_are_refused() -> None:
     model = inject_adapter_in_model(LoraConfig(target_modules=["up"]), net(), adapter_name="lora")
     with pytest.raises(ValueError, match=r"module layers\.0\.up .*it already carries a peft\.tuners\.lora"):
         inject_adapter_in_model(PSTConfig(target_modules=["up"]), model, adapter_name="pst")
+
+
+@pytest.mark.parametrize(
+    "config", [LoraConfig(target_modules=["head"]), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)]
+)
+def test_no_other_tuner_is_put_around_a_pst_model(config: PeftConfig) -> None:
+    model = pruned_net()
+    before = [name for name, _ in model.named_modules()]
+    with pytest.warns(match="for a second time"), pytest.raises(ValueError, match="PST is not nested with"):
+        get_peft_model(model, config)
+    assert [name for name, _ in model.named_modules()] == before
 
 
 def test_mixed_batches_are_refused() -> None:
