@@ -318,6 +318,14 @@ class PSTModel(BaseTuner):
         if unknown and not isinstance(adapter_names, str):
             raise ValueError(f"There are no adapters {unknown} to merge; the model has {sorted(self.peft_config)}.")
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        was_active = adapter_name in self.active_adapters
+        kept = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        if was_active and self.peft_config:
+            # Each layer has chosen among those that it has itself, and PEFT asks the first layer alone.
+            self.set_adapter(kept or next(iter(self.peft_config)))
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a weighted sum of masked weights has the zeros of none of them.
 

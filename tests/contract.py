@@ -318,7 +318,8 @@ def safe_merge(case: Case, folder: Path) -> None:
 @operation(
     LIFE,
     "`unload`, then `get_peft_model` again",
-    "the dense base model, bit for bit; it can be adapted anew. Of a merged model, the merged one",
+    "the dense base model, bit for bit, with the head that was trained; it can be adapted anew. Of a merged model, the "
+    "merged one",
     only=is_plain,
 )
 def unload(case: Case, folder: Path) -> None:
