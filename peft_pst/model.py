@@ -270,6 +270,8 @@ class PSTModel(BaseTuner):
         for layer in self.model.modules():
             if isinstance(layer, PSTTunerLayer):
                 layer.keep_adapters_at_hand()  # PEFT dispatches a model anew right before, if it was dispatched
+                if not autocast_adapter_dtype:
+                    layer.lower_adapter(adapter_name)
         # PEFT puts new parameters in the place of half-precision ones, and forgets which of them were frozen.
         trains = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
