@@ -19,11 +19,18 @@ from .group_selection import couple
 from .hosts import HostPlaces, PSTHost, PSTMultiheadAttention
 from .kinds import check_parameter, kind_of
 from .layer import PSTLayer
-from .loading import adapted_modules, check_stored_adapter, in_present_places, updated_embeddings
+from .loading import (
+    adapted_modules,
+    check_stored_adapter,
+    check_unmerged,
+    in_present_places,
+    updated_embeddings,
+)
 from .nesting import check_not_nested, mark_pruned
 from .plan import LayerPlan, ScheduleStatus
 from .quantised import PSTQuantisedLinear, backend_of, dequantise_the_rest
 from .schedule import cubic_sparsity
+from .taking_back import taken_back_if_it_fails
 from .targets import find_block_linears, find_token_embeddings
 from .ties import shared_weights
 from .tuner_layer import PSTTunerLayer
@@ -187,7 +194,7 @@ class PSTModel(BaseTuner):
         check_not_nested(model, adapter_name)
         config: Any = self.peft_config[adapter_name]
         trains = {parameter: parameter.requires_grad for host in self._hosts for parameter in host.parameters()}
-        with _taken_back_if_it_fails(model, adapter_name):
+        with taken_back_if_it_fails(model):
             with warnings.catch_warnings(), self._hosts.aside():
                 # PEFT knows no parameters by name; `_warn_about_unmatched_patterns` looks after this pattern too.
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
@@ -268,6 +275,8 @@ class PSTModel(BaseTuner):
         for layer in self.model.modules():
             if isinstance(layer, PSTTunerLayer):
                 layer.keep_adapters_at_hand()  # PEFT dispatches a model anew right before, if it was dispatched
+                if not autocast_adapter_dtype:
+                    layer.lower_adapter(adapter_name)
         # PEFT puts new parameters in the place of half-precision ones, and forgets which of them were frozen.
         trains = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -357,6 +366,7 @@ class PSTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        check_unmerged(model, adapter_name)
         state_dict = in_present_places(model, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers_with: defaultdict[str, set[str]] = defaultdict(set)
@@ -387,21 +397,6 @@ class PSTModel(BaseTuner):
             )
         with training_embeddings():
             yield
-
-
-@contextmanager
-def _taken_back_if_it_fails(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Put every module back in its place if not all of them can be adapted."""
-    places = [(holder, name, child) for holder in model.modules() for name, child in holder.named_children()]
-    try:
-        yield
-    except Exception:
-        for holder, name, child in places:
-            setattr(holder, name, child)
-        for layer in model.modules():
-            if isinstance(layer, PSTTunerLayer) and adapter_name in layer._get_available_adapters():
-                layer.delete_adapter(adapter_name)
-        raise
 
 
 def _prepare_selection(model: nn.Module, adapter_name: str) -> None:
