@@ -191,10 +191,10 @@ class PSTModel(BaseTuner):
         self._status = ScheduleStatus()
         self._shared = shared_weights(model)
         self._hosts = HostPlaces(model)
-        check_not_nested(model, adapter_name)
         config: Any = self.peft_config[adapter_name]
         trains = {parameter: parameter.requires_grad for host in self._hosts for parameter in host.parameters()}
-        with taken_back_if_it_fails(model):
+        with self._unregistered_if_it_fails(model, adapter_name), taken_back_if_it_fails(model):
+            check_not_nested(model, adapter_name)
             with warnings.catch_warnings(), self._hosts.aside():
                 # PEFT knows no parameters by name; `_warn_about_unmatched_patterns` looks after this pattern too.
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
@@ -212,6 +212,18 @@ class PSTModel(BaseTuner):
             _prepare_selection(model, adapter_name)
         names = {name for layer in pst_layers(model) if adapter_name in layer.pst_plans for name in layer.pattern_names}
         _warn_about_unmatched_patterns(self.peft_config[adapter_name], names)
+
+    @contextmanager
+    def _unregistered_if_it_fails(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
+        """Forget the configuration, which PEFT has entered among the model's before, also in the place of another."""
+        try:
+            yield
+        except Exception:
+            del self.peft_config[adapter_name]
+            for layer in pst_layers(model):
+                if adapter_name in layer.pst_plans:
+                    self.peft_config[adapter_name] = layer.pst_plans[adapter_name].config
+            raise
 
     def _as_named(
         self, model: nn.Module, config: Any, state_dict: dict[str, Tensor] | None

@@ -266,6 +266,16 @@ def test_nested_tuners_are_refused() -> None:
     model = inject_adapter_in_model(LoraConfig(target_modules=["up"]), net(), adapter_name="lora")
     with pytest.raises(ValueError, match=r"module layers\.0\.up .*it already carries a peft\.tuners\.lora"):
         inject_adapter_in_model(PSTConfig(target_modules=["up"]), model, adapter_name="pst")
+    assert set(model.peft_config) == {"lora"}
+
+
+def test_a_refused_adapter_leaves_the_configuration_of_its_name() -> None:
+    model = pruned_net()
+    config = model.peft_config["default"]
+    with pytest.raises(ValueError, match="carries a PST adapter named 'default'"):
+        inject_adapter_in_model(PSTConfig(target_modules=["head"]), model.get_base_model())
+    assert model.peft_config == {"default": config}
+    assert model.get_sparsity() == pruned_net().get_sparsity()
 
 
 @pytest.mark.parametrize(
