@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -380,6 +380,7 @@ class PSTModel(BaseTuner):
             "which weights it belongs to is not known",
         )
         check_stored_adapter(model, adapter_name, remapped)
+        _note_whether_pruned(model, adapter_name, remapped)
         return remapped
 
     @contextmanager
@@ -446,6 +447,13 @@ def _check_saved_in_full(model: nn.Module, names: Collection[str]) -> None:
                 "module that is trained in full cannot carry one; take it out of modules_to_save, or delete the "
                 "adapters first."
             )
+
+
+def _note_whether_pruned(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:
+    counts = [tensor for key, tensor in state.items() if ".pst_num_pruned" in key and not tensor.is_meta]
+    for layer in pst_layers(model):
+        if adapter_name in layer.pst_plans:
+            layer.pst_plans[adapter_name].status.was_pruned = any(map(torch.any, counts))
 
 
 def _check_complete(layers: set[str], missing: str, consequence: str) -> None:
