@@ -6,7 +6,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
@@ -102,9 +102,14 @@ def _refusal(target: nn.Module) -> str:
         return _computed(target, "weight")
     if is_lazy(base.weight):
         return "its weight has no shape yet; run a batch through the model first"
-    if not base.weight.dtype.is_floating_point or base.weight.dtype.itemsize < 2:
+    if not _is_computed_with(base.weight):
         return f"its weight is stored as {base.weight.dtype}; dequantise the model first"
     return _embedding_refusal(target) if isinstance(target, nn.Embedding) else ""
+
+
+def _is_computed_with(weight: Tensor) -> bool:
+    """Whether sums are made in a weight's type; eight bits are for storing alone."""
+    return weight.dtype.is_floating_point and weight.dtype.itemsize > 1
 
 
 def _computed(module: nn.Module, name: str) -> str:
@@ -160,7 +165,7 @@ target_modules.
         reason = _computed(module, name)
     elif parameter.dim() not in (2, 3):
         reason = f"it has the shape {tuple(parameter.shape)}; a matrix is (out, in), a stack of them (experts, out, in)"
-    elif not parameter.dtype.is_floating_point:
+    elif not _is_computed_with(parameter):
         reason = f"it is stored as {parameter.dtype}; dequantise the model first"
     if reason:
         raise ValueError(f"Target parameter {path} is not supported: {reason}.")

@@ -8,12 +8,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import oracle
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from tiny_kinds import TARGETS, kinds, token_batch
 from tiny_models import assert_same_tensors, shake, snapshot
@@ -26,7 +28,9 @@ from transformers.models.idefics.modeling_idefics import IdeficsDecoupledLinear
 from transformers.pytorch_utils import Conv1D
 
 from peft_pst import PSTConfig, PSTLayer, num_pruned, prune_once, report_model, update_sparsity
-from peft_pst.linear import PSTCalledLinear, PSTLinear
+from peft_pst.kinds import kind_of
+from peft_pst.linear import PSTCalledLinear, PSTLinear, only_multiplies
+from peft_pst.quantised import PSTQuantisedLinear
 
 LETTERS = "UVABRCS"
 
@@ -314,7 +318,16 @@ def test_bfloat16_and_autocast(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["conv2d", "conv2d grouped, circular", "embedding"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv2d",
+        "conv2d grouped, circular",
+        "embedding",
+        "linear with a forward of its own",
+        "conv1d reordered in memory",
+    ],
+)
 def test_a_training_step_compiles_into_one_graph(name: str) -> None:
     case = CASES[name]
     model = adapted(case, residual=0)
@@ -508,6 +521,43 @@ def old_weight_norm(layer: nn.Module) -> nn.Module:
 def test_what_cannot_be_pruned_is_refused_with_the_reason(layer: nn.Module, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         get_peft_model(Model(layer), PSTConfig(target_modules=["layer"]))
+
+
+def test_a_forward_of_its_own_that_dequantising_would_pass_over_is_refused() -> None:
+    """torchao keeps the class of a layer; bitsandbytes and HQQ put their own, which multiply, in its place."""
+    torchao, bitsandbytes = (
+        SimpleNamespace(backend_name=name, supports_merge=True) for name in ("torchao", "bnb 4bit")
+    )
+    assert kind_of(nn.Linear(8, 6), nn.Sequential(), "up", torchao) is PSTQuantisedLinear
+    assert kind_of(Clamped(8, 6), nn.Sequential(), "up", bitsandbytes) is PSTQuantisedLinear
+    with pytest.raises(ValueError, match=r"up \(Clamped\).*its forward is its own.*without quantising it"):
+        kind_of(Clamped(8, 6), nn.Sequential(), "up", torchao)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_offloaded_linear_with_a_forward_of_its_own(trained: bool) -> None:
+    case = CASES["linear with a forward of its own"]
+    model = adapted(case)
+    expected = output(model, case)
+    layer = layer_of(model)
+    cpu_offload(layer.get_base_layer(), execution_device=torch.device("cpu"))
+    assert layer.get_base_layer().weight.is_meta
+    with torch.set_grad_enabled(trained):
+        y = model(case.batch)
+    assert torch.equal(y.detach(), expected)
+    assert layer.get_base_layer().weight.is_meta
+    if trained:
+        y.sum().backward()
+        assert layer.pst_V["default"].grad.abs().sum() > 0
+
+
+def test_a_plain_linear_stays_plain_behind_a_hook_of_accelerates() -> None:
+    base = nn.Linear(8, 6)
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    assert only_multiplies(base)
+    clamped = Clamped(8, 6)
+    cpu_offload(clamped, execution_device=torch.device("cpu"))
+    assert not only_multiplies(clamped)
 
 
 def test_a_forward_of_its_own_that_torch_would_pass_over_is_refused() -> None:
