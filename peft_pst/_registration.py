@@ -17,6 +17,7 @@ from .config import PSTConfig, PSTPeftType
 from .model import PSTModel
 from .model_card import keep_section_in_cards
 from .nesting import refuse_tuners_over_pst
+from .taking_back import take_back_failed_loads
 
 OLDEST_PEFT = "0.21.0"  # before, state dicts were matched against PEFT's closed enum
 
@@ -48,3 +49,4 @@ def register() -> None:
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = prefix
     refuse_tuners_over_pst()
     keep_section_in_cards()
+    take_back_failed_loads()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from peft.config import PeftConfig
 
-from .model_card import CARD_NAME, update_model_card
+from .model_card import CARD_NAME, update_card_above, update_model_card
 from .patterns import Coupled, NofM, Pattern, parse_pattern
 from .schedule import COOLDOWN_RATIO, WARMUP_RATIO, check_sparsity
 
@@ -323,6 +323,8 @@ class PSTConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         if (Path(save_directory) / CARD_NAME).is_file():
             update_model_card(save_directory)
+        else:
+            update_card_above(Path(save_directory))
 
     def __post_init__(self) -> None:
         super().__post_init__()

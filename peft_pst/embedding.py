@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -59,20 +60,26 @@ def is_plain_embedding(module: object) -> bool:
     return type(module) is nn.Embedding and module.max_norm is None and not module.sparse
 
 
+class _Forward(threading.local):
+    """What the forward now under way in this thread is: one of a PST model, which trains embeddings, or any other."""
+
+    def __init__(self) -> None:
+        self.trains_embeddings = False  # of the thread's own, since torch.compile looks for it there
+
+
+_FORWARD = _Forward()
+
+
 @contextmanager
-def training_embeddings(updates: Sequence[PSTEmbeddingUpdate]) -> Iterator[None]:
-    """Let the updates of a model's embeddings train for one forward, also in evaluation mode."""
-    if not torch.is_grad_enabled():
-        yield
-        return
-    layers = [layer for layer in updates if not layer._is_asked_by_model]  # by a forward around this one
-    for layer in layers:
-        layer._is_asked_by_model = True
+def training_embeddings() -> Iterator[None]:
+    """Let the updates of embeddings train in the forwards within, also in evaluation mode."""
+    # Not set on the layers: to look for them takes most of a millisecond in a BERT, and others may join them.
+    before = _FORWARD.trains_embeddings
+    _FORWARD.trains_embeddings = before or torch.is_grad_enabled()
     try:
         yield
     finally:
-        for layer in layers:
-            layer._is_asked_by_model = False
+        _FORWARD.trains_embeddings = before
 
 
 def check_embedding(module: nn.Module, name: str) -> None:
@@ -135,7 +142,6 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         self.merged_adapters: list[str] = []
         self._dense_weight: Tensor | None = None  # the base weight while an adapter is merged
         self._active_adapter = adapter_name
-        self._is_asked_by_model = False
         self._was_trained, self._was_left_out = False, False  # by a lookup since the last step
         self.update_layer(adapter_name, config)
         self.training = base_layer.training  # as the model is that it becomes a part of
@@ -191,7 +197,7 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         for name in names:
             U, V = self.pst_embedding_U[name], self.pst_embedding_V[name]
             self.check_loaded(name, [U, V])
-            trains = self.training or self._is_asked_by_model
+            trains = self.training or _FORWARD.trains_embeddings
             if torch.is_grad_enabled() and U.requires_grad:
                 self._was_trained, self._was_left_out = self._was_trained or trains, self._was_left_out or not trains
             if not trains:

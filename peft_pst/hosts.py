@@ -110,17 +110,6 @@ class PSTMatrix(PSTModule):
             with torch.no_grad():
                 self._share(self._stored).copy_(values)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT looks for the weight of a base layer, which a host does not have under that name.
-        stored = self._stored
-        for name in self.adapter_layer_names + self.other_param_names:
-            tensors = getattr(self, name)
-            if adapter_name in tensors and isinstance(tensors[adapter_name], Tensor):
-                tensor = tensors[adapter_name]
-                if not tensor.is_meta:
-                    dtype = stored.dtype if tensor.is_floating_point() else tensor.dtype
-                    tensors[adapter_name] = tensor.to(device or stored.device, dtype)
-
 
 class PSTHost(nn.Module, PSTWrapper):
     """A module that runs as ever, with the masked weights of some of its parameters in the place of its own.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,17 @@ from .sharding import is_sharded
 from .tuner_layer import PSTTunerLayer
 
 _DTYPES = {"pst_num_pruned": torch.int64, "pst_mask": torch.uint8, "pst_positions": torch.int64}
+_is_file: ContextVar[bool] = ContextVar("_is_file", default=False)
+
+
+@contextmanager
+def reading_a_file() -> Iterator[None]:
+    """Within the block, tensors to be set are those of a whole adapter file, and not what one of many ranks has."""
+    token = _is_file.set(True)
+    try:
+        yield
+    finally:
+        _is_file.reset(token)
 
 
 def check_stored_adapter(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:
@@ -42,21 +56,87 @@ def check_stored_adapter(model: nn.Module, adapter_name: str, state: Mapping[str
 adapter file is damaged or belongs to another model; load the one that was saved for this base.
     """
     stored = {name: tensor for name, tensor in state.items() if ".pst_" in name}
-    if not stored:
+    layers = _layers_with(model, adapter_name)
+    if not stored and not _is_file.get():
         return  # a rank that gets its adapter from another one, or biases alone
-    for name, layer in model.named_modules():
-        if isinstance(layer, PSTTunerLayer) and adapter_name in layer._get_available_adapters():
-            prefix = _without_wrappers(name)
-            parts = {part: stored.pop(f"{prefix}.{part}.{adapter_name}", None) for part in _parts(layer, adapter_name)}
-            with layer.refusing_damage(adapter_name):
-                present = _check_tensors(layer, adapter_name, parts)
-                if isinstance(layer, PSTLayer):
-                    _check_zeros(layer, adapter_name, present)
+    if not stored and layers:
+        raise ValueError(
+            f"The file holds no tensor of adapter {adapter_name!r}, which {len(layers)} layers have, such as "
+            f"{min(layers)}. It is damaged or belongs to another method; load the one that was saved for this base."
+        )
+    for prefix, layer in layers.items():
+        parts = {part: stored.pop(f"{prefix}.{part}.{adapter_name}", None) for part in _parts(layer, adapter_name)}
+        with layer.refusing_damage(adapter_name):
+            present = _check_tensors(layer, adapter_name, parts)
+            if isinstance(layer, PSTLayer):
+                _check_zeros(layer, adapter_name, present)
     if stored:
         raise ValueError(
             f"{min(stored)} has no place in adapter {adapter_name!r} of this model. The file belongs to another "
             "model or configuration; load it with the ones it was saved for."
         )
+
+
+def check_loaded_adapter(model: nn.Module, adapter_name: str, report: Any) -> None:
+    """Refuse what transformers has loaded into a plain model by itself, which asks nobody before it does.
+
+    Its loader casts to the dtype of what is there, so that a count that was no integer is one by now.
+
+    Args:
+        model: the plain model.
+        adapter_name: the name of the adapter there.
+        report: which keys of the file it found no place for, or no tensor, or one of another shape.
+
+    Raises:
+        ValueError: as `check_stored_adapter`.
+    """
+    missing = set(report.missing_keys)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in missing}
+    found = {name: tensor for name, tensor in state.items() if ".pst_" in name and name.endswith(f".{adapter_name}")}
+    found |= {key: torch.empty(shape, device="meta") for key, shape, _ in report.mismatched_keys}
+    found |= {key: torch.empty(0) for key in report.unexpected_keys}
+    with reading_a_file():
+        check_stored_adapter(model, adapter_name, found)
+    note_whether_pruned(model, adapter_name, found)
+
+
+def note_whether_pruned(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:
+    """Remember whether what was loaded has zeros, so that a layer without is not taken for one that never had a turn.
+
+    Args:
+        model: with the adapter.
+        adapter_name: the name of the adapter there.
+        state: the adapter's tensors, by their names in the model.
+    """
+    counts = [tensor for name, tensor in state.items() if ".pst_num_pruned" in name and not tensor.is_meta]
+    for layer in _layers_with(model, adapter_name).values():
+        if isinstance(layer, PSTLayer):
+            layer.pst_plans[adapter_name].status.was_pruned = any(map(torch.any, counts))
+
+
+def check_unmerged(model: nn.Module, adapter_name: str) -> None:
+    """Refuse to load into an adapter that is merged: its head would be the new one, and its weights the old ones.
+
+    Raises:
+        RuntimeError: if it is merged into a layer.
+    """
+    layers = _layers_with(model, adapter_name)
+    merged = [layer.module_name for layer in layers.values() if adapter_name in layer.merged_adapters]
+    if merged:
+        raise RuntimeError(
+            f"Nothing can be loaded into adapter {adapter_name!r} while it is merged, which it is into {len(merged)} "
+            f"layers, such as {min(merged)}; call unmerge_adapter() first, and merge again."
+        )
+
+
+def _layers_with(model: nn.Module, adapter_name: str) -> dict[str, PSTTunerLayer]:
+    """The layers that have an adapter, by the names that state dicts have for them."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PSTTunerLayer)}
+    return {
+        _without_wrappers(name): layer
+        for name, layer in layers.items()
+        if adapter_name in layer._get_available_adapters()
+    }
 
 
 def in_present_places(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -20,11 +20,19 @@ from .group_selection import couple
 from .hosts import HostPlaces, PSTHost, PSTMultiheadAttention
 from .kinds import check_parameter, kind_of
 from .layer import PSTLayer
-from .loading import adapted_modules, check_stored_adapter, in_present_places, updated_embeddings
+from .loading import (
+    adapted_modules,
+    check_stored_adapter,
+    check_unmerged,
+    in_present_places,
+    note_whether_pruned,
+    updated_embeddings,
+)
 from .nesting import check_not_nested, mark_pruned
 from .plan import LayerPlan, ScheduleStatus
 from .quantised import PSTQuantisedLinear, backend_of, dequantise_the_rest
 from .schedule import cubic_sparsity
+from .taking_back import taken_back_if_it_fails
 from .targets import find_block_linears, find_token_embeddings
 from .ties import shared_weights
 from .tuner_layer import PSTTunerLayer
@@ -64,7 +72,7 @@ class PSTModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with training_embeddings(self._embeddings):
+        with training_embeddings():
             return super().forward(*args, **kwargs)
 
     def update_sparsity(self, step: int, total_steps: int | None = None) -> float:
@@ -211,7 +219,7 @@ class PSTModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         _check_saved_in_full(model, config.modules_to_save or ())
         trains = {parameter: parameter.requires_grad for host in self._hosts for parameter in host.parameters()}
-        with _taken_back_if_it_fails(model, adapter_name):
+        with taken_back_if_it_fails(model):
             with warnings.catch_warnings(), self._hosts.aside():
                 # PEFT knows no parameters by name; `_warn_about_unmatched_patterns` looks after this pattern too.
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
@@ -227,11 +235,10 @@ class PSTModel(BaseTuner):
             for parameter, requires_grad in trains.items():
                 parameter.requires_grad_(requires_grad)
             _prepare_selection(model, adapter_name)
-        # Kept, since going through all modules at every forward takes most of a millisecond in a BERT.
-        self._embeddings = [module for module in model.modules() if isinstance(module, PSTEmbeddingUpdate)]
         names = {name for layer in pst_layers(model) if adapter_name in layer.pst_plans for name in layer.pattern_names}
         _warn_about_unmatched_patterns(config, names)
-        _warn_about_unmatched_embeddings(config, [layer.module_name for layer in self._embeddings])
+        updates = [module.module_name for module in model.modules() if isinstance(module, PSTEmbeddingUpdate)]
+        _warn_about_unmatched_embeddings(config, updates)
 
     def _as_named(
         self, model: nn.Module, config: Any, state_dict: dict[str, Tensor] | None
@@ -295,6 +302,8 @@ class PSTModel(BaseTuner):
         for layer in self.model.modules():
             if isinstance(layer, PSTTunerLayer):
                 layer.keep_adapters_at_hand()  # PEFT dispatches a model anew right before, if it was dispatched
+                if not autocast_adapter_dtype:
+                    layer.lower_adapter(adapter_name)
         # PEFT puts new parameters in the place of half-precision ones, and forgets which of them were frozen.
         trains = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -303,7 +312,18 @@ class PSTModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_known(adapter_names)
+        self._try_merging(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
+
+    def _try_merging(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Have every layer refuse before any has changed; one after another, so that no second copy is held."""
+        self._check_merge_allowed()
+        for layer in self.model.modules():
+            may_refuse = safe_merge or isinstance(layer, PSTQuantisedLinear)  # whose grid may have no zero
+            if isinstance(layer, PSTTunerLayer) and may_refuse and not layer.merged:
+                layer.merge(safe_merge, adapter_names)
+                if layer.merged:
+                    layer.unmerge()
 
     def _unload_and_optionally_merge(
         self,
@@ -313,6 +333,8 @@ class PSTModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         self._check_known(adapter_names)
+        if merge:
+            self._try_merging(adapter_names, safe_merge)
         pruned = list(self._bases_to_prune(adapter_names or self.active_adapters if merge else ()))
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for base_layer in pruned:
@@ -331,6 +353,14 @@ class PSTModel(BaseTuner):
         unknown = sorted(set(adapter_names or ()) - set(self.peft_config))
         if unknown and not isinstance(adapter_names, str):
             raise ValueError(f"There are no adapters {unknown} to merge; the model has {sorted(self.peft_config)}.")
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        was_active = adapter_name in self.active_adapters
+        kept = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        if was_active and self.peft_config:
+            # Each layer has chosen among those that it has itself, and PEFT asks the first layer alone.
+            self.set_adapter(kept or next(iter(self.peft_config)))
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a weighted sum of masked weights has the zeros of none of them.
@@ -356,12 +386,14 @@ class PSTModel(BaseTuner):
                 "because DeepSpeed ZeRO-3 keeps a part of each on every process. Save with Trainer.save_model(), or "
                 "pass save_pretrained(..., state_dict=accelerator.get_state_dict(model)), which gather them."
             )
+        _undo_merging_of_embeddings(model, state_dict)
         return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        check_unmerged(model, adapter_name)
         state_dict = in_present_places(model, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers_with: defaultdict[str, set[str]] = defaultdict(set)
@@ -380,7 +412,7 @@ class PSTModel(BaseTuner):
             "which weights it belongs to is not known",
         )
         check_stored_adapter(model, adapter_name, remapped)
-        _note_whether_pruned(model, adapter_name, remapped)
+        note_whether_pruned(model, adapter_name, remapped)
         return remapped
 
     @contextmanager
@@ -391,23 +423,8 @@ class PSTModel(BaseTuner):
                 "PST cannot mix adapters within a batch (adapter_names=[...]): each adapter has its own masked weight, "
                 "so the batch would need one product per adapter. Call set_adapter() and run one batch per adapter."
             )
-        with training_embeddings(self._embeddings):
+        with training_embeddings():
             yield
-
-
-@contextmanager
-def _taken_back_if_it_fails(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Put every module back in its place if not all of them can be adapted."""
-    places = [(holder, name, child) for holder in model.modules() for name, child in holder.named_children()]
-    try:
-        yield
-    except Exception:
-        for holder, name, child in places:
-            setattr(holder, name, child)
-        for layer in model.modules():
-            if isinstance(layer, PSTTunerLayer) and adapter_name in layer._get_available_adapters():
-                layer.delete_adapter(adapter_name)
-        raise
 
 
 def _prepare_selection(model: nn.Module, adapter_name: str) -> None:
@@ -449,11 +466,20 @@ def _check_saved_in_full(model: nn.Module, names: Collection[str]) -> None:
             )
 
 
-def _note_whether_pruned(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:
-    counts = [tensor for key, tensor in state.items() if ".pst_num_pruned" in key and not tensor.is_meta]
-    for layer in pst_layers(model):
-        if adapter_name in layer.pst_plans:
-            layer.pst_plans[adapter_name].status.was_pruned = any(map(torch.any, counts))
+def _undo_merging_of_embeddings(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Put the dense weights of merged embeddings and output layers into what a model's adapter is saved from.
+
+    PEFT takes the base's weights from there too, where they are adapted or the vocabulary was resized. Of a merged one
+    they would be masked and updated once more when the file is loaded.
+    """
+    ends = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):
+            ends.append(getattr(model, get)())
+    for name, module in model.named_modules():
+        if isinstance(module, PSTTunerLayer) and any(module is end for end in ends):
+            dense = {f"{name}.{key}": tensor for key, tensor in module.dense_state().items()}
+            state_dict.update({key: tensor for key, tensor in dense.items() if key in state_dict})
 
 
 def _check_complete(layers: set[str], missing: str, consequence: str) -> None:

@@ -16,11 +16,11 @@ from safetensors import safe_open
 
 CARD_NAME = "README.md"
 TAGS = ("peft_pst", "pruning", "sparsity")
-_BEGIN, _END = "<!-- peft_pst: begin -->", "<!-- peft_pst: end -->"
+_BEGIN, _END = "<!-- peft_pst: begin{name} -->", "<!-- peft_pst: end{name} -->"
 _SETTINGS = ("target_sparsity", "pattern", "scope", "r", "score_rank", "structured", "residual", "mask_interval")
 
 _SECTION = """{begin}
-## Sparse training
+## Sparse training{title}
 
 An adapter for `{base}`, trained with parameter-efficient sparse training
 ([PST](https://arxiv.org/abs/2205.11005)) by the package `peft_pst`. {zeros}
@@ -31,7 +31,7 @@ An adapter for `{base}`, trained with parameter-efficient sparse training
 import peft_pst
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder{below}")
 pruned = model.merge_and_unload()  # a plain model with the zeros in it, which loads without peft_pst
 ```
 
@@ -86,11 +86,28 @@ def update_model_card(folder: str | Path, metrics: Mapping[str, float] | None = 
         True
     """
     folder = Path(folder)
+    _write_section(folder / CARD_NAME, folder, metrics)
+
+
+def update_card_above(folder: Path) -> None:
+    """Say the same of an adapter that `PeftModel.save_pretrained` has put into a folder of its name, in the card above.
+
+    Args:
+        folder: of the adapter. A card above it that is not PEFT's is left alone.
+    """
+    path = folder.parent / CARD_NAME
+    was_saved = (folder / SAFETENSORS_WEIGHTS_NAME).is_file() and path.is_file()
+    if was_saved and ModelCard.load(path).data.library_name == "peft":
+        _write_section(path, folder)
+
+
+def _write_section(path: Path, folder: Path, metrics: Mapping[str, float] | None = None) -> None:
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    path = folder / CARD_NAME
     card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData(library_name="peft"))
     card.data["tags"] = sorted({*(card.data.tags or ()), *TAGS})
-    card.text = _insert(card.text, _section(config, stored_zeros(folder / SAFETENSORS_WEIGHTS_NAME), metrics))
+    name = "" if folder == path.parent else folder.name
+    section = _section(config, stored_zeros(folder / SAFETENSORS_WEIGHTS_NAME), metrics, name)
+    card.text = _insert(card.text, section, name)
     card.save(path)
 
 
@@ -113,10 +130,14 @@ def keep_section_in_cards() -> None:
 
 
 def _restore_section(folder: Path) -> None:
-    if not (folder / CONFIG_NAME).is_file() or _BEGIN in (folder / CARD_NAME).read_text(encoding="utf-8"):
-        return  # an adapter that is just being saved, whose configuration comes last and writes the section
-    if json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type") == "PST":
-        update_model_card(folder)
+    path = folder / CARD_NAME
+    if _BEGIN.partition("{")[0] in path.read_text(encoding="utf-8"):
+        return
+    for each in (folder, *sorted(file.parent for file in folder.glob(f"*/{CONFIG_NAME}"))):
+        # None is there yet when it is just being saved: its configuration comes last and writes the section.
+        config = each / CONFIG_NAME
+        if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("peft_type") == "PST":
+            _write_section(path, each)
 
 
 def stored_zeros(file: Path) -> StoredZeros | None:
@@ -148,13 +169,24 @@ def _size(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     return None
 
 
-def _section(config: Mapping[str, Any], zeros: StoredZeros | None, metrics: Mapping[str, float] | None) -> str:
+def _section(
+    config: Mapping[str, Any], zeros: StoredZeros | None, metrics: Mapping[str, float] | None, name: str
+) -> str:
     tables = [_table("Setting", {name: config[name] for name in _SETTINGS if name in config})]
     if metrics:
         tables.insert(0, _table("Result", metrics))
     base = config.get("base_model_name_or_path") or "a model that has no name"
     text = "" if zeros is None else str(zeros)
-    return _SECTION.format(begin=_BEGIN, end=_END, base=base, zeros=text, tables="\n\n".join(tables))
+    begin, end = _marks(name)
+    title, below = (f": adapter `{name}`", f"/{name}") if name else ("", "")
+    joined = "\n\n".join(tables)
+    return _SECTION.format(begin=begin, end=end, title=title, below=below, base=base, zeros=text, tables=joined)
+
+
+def _marks(name: str) -> tuple[str, str]:
+    """Before and after the section of an adapter, "" being that of the folder itself."""
+    named = f" {name}" if name else ""
+    return _BEGIN.format(name=named), _END.format(name=named)
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:
@@ -162,11 +194,12 @@ def _table(title: str, rows: Mapping[str, Any]) -> str:
     return "\n".join([f"| {title} | |", "|---|---|", *cells])
 
 
-def _insert(text: str, section: str) -> str:
+def _insert(text: str, section: str, name: str) -> str:
     """The text with the section in its old place, or else after the title."""
-    before, begin, rest = text.partition(_BEGIN)
-    if begin:
-        return before + section + rest.partition(_END)[2]
+    begin, end = _marks(name)
+    before, found, rest = text.partition(begin)
+    if found:
+        return before + section + rest.partition(end)[2]
     lines = text.splitlines()
     after_title = next((index + 1 for index, line in enumerate(lines) if line.startswith("# ")), 0)
     return "\n".join([*lines[:after_title], "", section, *lines[after_title:]])

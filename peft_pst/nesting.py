@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from peft import PeftMixedModel, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
@@ -37,17 +37,20 @@ def check_not_nested(model: nn.Module, adapter_name: str) -> None:
 one another name, remove the old one with delete_adapter() or unload(), or load the base model anew.
     """
     if isinstance(model, PeftModel | PeftMixedModel):
-        raise ValueError(
-            f"The model is a {type(model).__name__} already, and PST is not nested in another one. Add a further PST "
-            "adapter with model.add_adapter(name, config); put PST beside another tuner, on other layers, with "
-            "inject_adapter_in_model(config, model.get_base_model(), name); or call merge_and_unload() or unload() "
-            "first."
-        )
+        raise ValueError(_nested(model))
     if any(_has_adapter(module, adapter_name) for module in model.modules()):
         raise ValueError(
             f"The model carries a PST adapter named {adapter_name!r}, which would lose what it learned. Give the new "
             "one another name, remove the old one with delete_adapter() or unload(), or load the base model anew."
         )
+
+
+def _nested(model: nn.Module) -> str:
+    return (
+        f"The model is a {type(model).__name__} already, and PST is not nested with another one. Add a further PST "
+        "adapter with model.add_adapter(name, config); put PST beside another tuner, on other layers, with "
+        "inject_adapter_in_model(config, model.get_base_model(), name); or call merge_and_unload() or unload() first."
+    )
 
 
 def _has_adapter(module: nn.Module, adapter_name: str) -> bool:
@@ -69,6 +72,11 @@ def refuse_tuners_over_pst() -> None:
 
 
 def _look_at_wrapped(holder: nn.Module, name: str, module: Any) -> None:
+    is_around = isinstance(module, PeftModel | PeftMixedModel) and isinstance(
+        holder, BaseTuner | PeftModel | PeftMixedModel
+    )
+    if is_around and any(isinstance(layer, PSTTunerLayer) for layer in module.modules()):
+        raise ValueError(_nested(module))
     if name != "base_layer" or not isinstance(holder, BaseTunerLayer) or isinstance(holder, PSTWrapper):
         return
     if isinstance(module, PSTWrapper):

@@ -210,6 +210,11 @@ class PSTQuantisedLinear(PSTLinear):
         self.base_layer, self._before_merge, self._dense_weight = self._before_merge[0], None, None
         self.merged_adapters = []
 
+    def dense_state(self) -> dict[str, Tensor]:
+        if self._before_merge is None:
+            return {}
+        return {f"base_layer.{name}": tensor for name, tensor in self._before_merge[0].state_dict().items()}
+
     def merge_dense(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         """Merge into a plain linear layer, which then is the base; before unloading, since nothing unmerges it."""
         merged = list(self.merged_adapters)

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
-from torch import Tensor
+from torch import Tensor, nn
 
 from .offloading import computing_device, fetch_back, offload_hook
+from .scoring import score_dtype
 from .sharding import is_copied_for_forward, is_sharded, replace_values
 
 
@@ -77,10 +78,29 @@ class PSTTunerLayer(PSTWrapper):
         return not self._stored.is_meta or self._is_offloaded
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if self._stored.is_meta and device is None:
+        # PEFT would round the adapter to the dtype of its base, also what a file holds in float32, and the least
+        # differences between scores decide which weights are pruned.
+        if device is None:
             # An offloaded base computes elsewhere than its weight is said to be; one to be loaded is not there yet.
             device = self._device if self._base_has_data else torch.get_default_device()
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        self._convert_adapter(adapter_name, device, score_dtype(self._stored.dtype))
+
+    def lower_adapter(self, adapter_name: str) -> None:
+        """Round an adapter to the dtype of its base, as PEFT does where `autocast_adapter_dtype=False` asks for it."""
+        dtype = getattr(self._base, "compute_dtype", self._stored.dtype)
+        if dtype.is_floating_point:
+            self._convert_adapter(adapter_name, None, dtype)
+
+    def _convert_adapter(self, adapter_name: str, device: torch.device | None, dtype: torch.dtype) -> None:
+        for name in (*self.adapter_layer_names, *self.buffer_names):
+            tensors = getattr(self, name)
+            if adapter_name not in tensors or tensors[adapter_name].is_meta:
+                continue
+            tensor = tensors[adapter_name]
+            own = tensor.detach().to(device or tensor.device, dtype if tensor.is_floating_point() else tensor.dtype)
+            if (own.device, own.dtype) != (tensor.device, tensor.dtype):
+                is_parameter = isinstance(tensor, nn.Parameter)
+                tensors[adapter_name] = nn.Parameter(own, tensor.requires_grad) if is_parameter else own
 
     def keep_adapters_at_hand(self) -> None:
         """Fetch back what `accelerate.dispatch_model` has offloaded of the adapters: it is small, and trained."""
@@ -108,6 +128,12 @@ class PSTTunerLayer(PSTWrapper):
         self._restore(self._dense_weight)
         self._dense_weight = None
         self.merged_adapters = []
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """What the layer's `state_dict` would hold of the base while nothing is merged, where something is."""
+        if self._dense_weight is None or is_sharded(self._dense_weight):  # which no process can gather alone
+            return {}
+        return {"base_layer.weight": self._dense_weight.to(self._stored.dtype)}
 
     def _restore(self, dense: Tensor) -> None:
         """Put the dense weight back in its place."""

@@ -33,6 +33,8 @@ from peft.helpers import check_if_peft_model, disable_input_dtype_casting, resca
 from peft.peft_model import get_layer_status, get_model_status
 from peft.utils.hotswap import hotswap_adapter
 from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tiny_models import assert_same_tensors, layers_of, shake, snapshot, train_a_little
 
 from peft_pst import PSTConfig, get_sparsity, merge_keeping_zeros, update_sparsity
@@ -318,7 +320,8 @@ def safe_merge(case: Case, folder: Path) -> None:
 @operation(
     LIFE,
     "`unload`, then `get_peft_model` again",
-    "the dense base model, bit for bit; it can be adapted anew. Of a merged model, the merged one",
+    "the dense base model, bit for bit, with the head that was trained; it can be adapted anew. Of a merged model, the "
+    "merged one",
     only=is_plain,
 )
 def unload(case: Case, folder: Path) -> None:
@@ -462,7 +465,11 @@ def save_and_load(case: Case, folder: Path) -> None:
     assert_loads_as(case, PeftModel.from_pretrained(case.base(), folder / "merged"), model)
 
 
-@operation(STORAGE, "`low_cpu_mem_usage=True`, `is_trainable`, `torch_device`", "as in PEFT")
+@operation(
+    STORAGE,
+    "`low_cpu_mem_usage=True`, `is_trainable`, `torch_device`",
+    "as in PEFT, and the same adapter to the bit: one stored in float32 is not rounded to a base in half precision",
+)
 def load_economically(case: Case, folder: Path) -> None:
     model = case.pruned()
     model.save_pretrained(folder)
@@ -477,7 +484,7 @@ def load_economically(case: Case, folder: Path) -> None:
     STORAGE,
     "`load_adapter`",
     "beside others. Under a name that exists it puts new tensors into this adapter, which "
-    "keeps its configuration: the way to swap adapters of one configuration",
+    "keeps its configuration: the way to swap adapters of one configuration, unmerged ones",
     only=freezes_biases,
 )
 def load_beside(case: Case, folder: Path) -> None:
@@ -495,7 +502,31 @@ def load_beside(case: Case, folder: Path) -> None:
     assert torch.equal(case.outputs(swapped), expected)
 
 
-@operation(STORAGE, "`autocast_adapter_dtype`", "half-precision adapters are raised to float32, or stay as the base is")
+@operation(
+    STORAGE,
+    "a file that cannot be read, or is refused",
+    "leaves the model as it was, with the very modules that it had and without the adapter, for another try",
+)
+def load_in_vain(case: Case, folder: Path) -> None:
+    model, base = case.pruned(), case.base()
+    model.save_pretrained(folder)
+    file = folder / "adapter_model.safetensors"
+    content = file.read_bytes()
+    modules, tensors = list(base.named_modules()), snapshot(base)
+    file.write_bytes(content[:-1])
+    with pytest.raises(SafetensorError):
+        PeftModel.from_pretrained(base, folder)
+    assert list(base.named_modules()) == modules
+    assert_same_tensors(snapshot(base), tensors)
+    file.write_bytes(content)
+    assert_loads_as(case, PeftModel.from_pretrained(base, folder), model)
+
+
+@operation(
+    STORAGE,
+    "`autocast_adapter_dtype`",
+    "half-precision adapters are raised to float32, or with `False` rounded as the base is",
+)
 def cast_adapter(case: Case, folder: Path) -> None:
     for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
         model = get_peft_model(case.base().bfloat16(), case.config(), autocast_adapter_dtype=autocast)
@@ -610,7 +641,9 @@ def offload(case: Case, folder: Path) -> None:
 @operation(
     STORAGE,
     "transformers' `add_adapter`, `load_adapter`, `set_adapter`, `disable_adapters`, `delete_adapter`",
-    "as in transformers",
+    "as in transformers, `AutoModel.from_pretrained(adapter)` too, with adapters in float32. What its loader has "
+    "loaded is checked as PEFT's is, and taken back if it is refused; but it casts before anyone can look, so that a "
+    "count of 3.5 passes as 3",
     only=is_transformer,
 )
 def transformers_methods(case: Case, folder: Path) -> None:
@@ -736,9 +769,9 @@ def merge_over_zeros(case: Case, folder: Path) -> None:
 
 @operation(
     REFUSED,
-    "`get_peft_model` on a `PeftModel`",
+    "`get_peft_model` with PST on a `PeftModel`, or with another tuner on one with PST adapters",
     "nested wrappers hide adapters from each other",
-    (ValueError, "The model is a .* already, and PST is not nested"),
+    (ValueError, "The model is a .* already, and PST is not nested with"),
 )
 def nest(case: Case, folder: Path) -> None:
     get_peft_model(case.pruned(), case.config())
@@ -805,6 +838,32 @@ def delete_merged(case: Case, folder: Path) -> None:
     model = case.pruned()
     model.merge_adapter()
     model.delete_adapter("default")
+
+
+@operation(
+    REFUSED,
+    "`load_adapter`, `set_peft_model_state_dict` while merged",
+    "the head would be the new one, and the weights the old ones: unmerge first",
+    (RuntimeError, "Nothing can be loaded into adapter 'default' while it is merged"),
+)
+def load_into_merged(case: Case, folder: Path) -> None:
+    model = case.pruned()
+    model.save_pretrained(folder)
+    model.merge_adapter()
+    model.load_adapter(folder, "default")
+
+
+@operation(
+    REFUSED,
+    "a file without any tensor of the adapter",
+    "PEFT only warns, and the model would be dense; what one of many ranks passes to `set_peft_model_state_dict` may "
+    "be empty",
+    (ValueError, "The file holds no tensor of adapter 'default'"),
+)
+def load_nothing(case: Case, folder: Path) -> None:
+    case.pruned().save_pretrained(folder)
+    save_file({}, folder / "adapter_model.safetensors")
+    PeftModel.from_pretrained(case.base(), folder)
 
 
 @operation(

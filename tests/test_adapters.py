@@ -179,3 +179,19 @@ def test_the_schedule_moves_all_active_adapters_or_none() -> None:
     with pytest.raises(RuntimeError, match=r"adapter 'b' cannot change while it is merged; call unmerge_adapter\(\)"):
         model.update_sparsity(5, 10)
     assert_same_tensors(snapshot(model), before)
+
+
+def test_deleting_the_active_adapter_activates_one_of_the_others_everywhere() -> None:
+    model = get_peft_model(net(), PSTConfig(target_modules=["up", "down"]), adapter_name="first")
+    model.add_adapter("downs", PSTConfig(target_modules=["down"]))
+    model.add_adapter("ups", PSTConfig(target_modules=[r"layers.1.up"]))
+    model.delete_adapter("first")
+    assert model.active_adapters == ["downs"]
+    active = {name: layer.active_adapters for name, layer in layers_of(model).items()}
+    assert all(names == ["downs"] for names in active.values())
+    outputs(model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if name.endswith(".downs") and "down." in name
+    }
+    model.delete_adapter("downs")
+    assert model.active_adapters == ["ups"]

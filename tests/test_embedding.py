@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -416,6 +417,38 @@ def test_which_forwards_train_embeddings_in_evaluation() -> None:
     for compute in (partly, nested, by_the_tuner):
         assert gradient_of_eval_step(compute) is not None, compute.__name__
     assert gradient_of_eval_step(after_an_error) is None
+
+
+def test_an_update_that_another_tuner_put_in_trains_too() -> None:
+    model = adapted(embedding_r=0)
+    inject_adapter_in_model(PSTConfig(), model.get_base_model(), "other")
+    model.set_adapter("other")
+    model.eval()(IDS).logits.sum().backward()
+    assert embedding_of(model).pst_embedding_U["other"].grad is not None
+
+
+def test_one_forward_compiles_with_and_without_gradients() -> None:
+    model = adapted().eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(IDS)
+    compiled(IDS).logits.sum().backward()
+    assert embedding_of(model).pst_embedding_U["default"].grad is not None
+
+
+def test_forwards_of_two_threads_do_not_meet() -> None:
+    model, direct = adapted().eval(), []
+    hook = model.get_base_model().bert.register_forward_pre_hook(
+        lambda *_: direct.append(in_thread(lambda: model.get_input_embeddings()(IDS).requires_grad))
+    )
+    assert in_thread(lambda: model(IDS).logits.requires_grad)
+    hook.remove()
+    assert direct == [False]
+
+
+def in_thread(compute):  # type: ignore[no-untyped-def]
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(compute).result()
 
 
 def test_a_step_is_told_by_its_own_lookups_alone() -> None:

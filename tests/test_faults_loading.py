@@ -39,7 +39,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[str, 
 
 def assert_clear_error_or_sound_model(content: bytes, config: dict[str, Any]) -> None:
     base = net()
-    before = snapshot(base)
+    before, modules = snapshot(base), dict(base.named_modules())
     with TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         (Path(name) / "adapter_model.safetensors").write_bytes(content)
@@ -47,6 +47,9 @@ def assert_clear_error_or_sound_model(content: bytes, config: dict[str, Any]) ->
         try:
             model = PeftModel.from_pretrained(base, name)
         except CLEAR:
+            assert dict(base.named_modules()) == modules  # taken back, so that a whole file can be loaded now
+            assert_same_tensors(snapshot(base), before)
+            assert all(parameter.requires_grad for parameter in base.parameters())
             return
     assert_sound(model, before)
 

@@ -119,6 +119,48 @@ def test_what_is_refused_leaves_the_model_as_it_was() -> None:
         merge_keeping_zeros(get_peft_model(attention, LoraConfig(target_modules=["attention"])))
 
 
+def test_modules_trained_in_full_keep_their_zeros_too() -> None:
+    base = pruned_base()
+    expected = {f"layers.{i}.{part}.weight" for i in (0, 1) for part in ("up", "down")}
+    zero = {name: base.get_parameter(name) == 0 for name in expected}
+    config = LoraConfig(target_modules=["up"], modules_to_save=["down", "head"], init_lora_weights=False)
+    model = adapted(config, base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter))
+    trained = model.base_model.model.layers[1].down.modules_to_save["default"].weight.detach().clone()
+    merged, kept = merge_keeping_zeros(model)
+    assert set(kept) == expected
+    for name, at in zero.items():
+        assert torch.equal(merged.get_parameter(name) == 0, at), name
+        assert kept[name].zeros == int(at.sum())
+    down = "layers.1.down.weight"
+    assert kept[down].refilled == kept[down].zeros
+    assert torch.equal(merged.get_parameter(down), torch.where(zero[down], 0, trained))
+
+
+def test_tokens_trained_alone_are_named_as_in_the_plain_model() -> None:
+    base = tiny_gpt2()
+    base.transformer.wte.weight.data[:, 3] = 0
+    config = LoraConfig(target_modules=["c_proj"], trainable_token_indices=[1, 2])
+    model = adapted(config, base)
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data.add_(1.0)
+    merged, kept = merge_keeping_zeros(model)
+    assert kept["transformer.wte.weight"].refilled == 2
+    assert (merged.get_parameter("transformer.wte.weight")[:, 3] == 0).all()
+    assert set(kept) <= {name for name, _ in merged.named_parameters(remove_duplicate=False)}  # wte is tied
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_starts_that_fill_the_zeros_themselves_are_refused(start: str) -> None:
+    model = adapted(LoraConfig(r=2, init_lora_weights=start, **TARGETS), pruned_base())
+    with pytest.raises(ValueError, match=f"'default' was started with init_lora_weights='{start}', which takes"):
+        merge_keeping_zeros(model)
+
+
 def test_a_quantised_base_is_refused() -> None:
     model = adapted(TUNERS[0], pruned_base())
     layer = model.base_model.model.layers[0].up.base_layer

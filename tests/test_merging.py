@@ -12,6 +12,7 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
+from safetensors.torch import load_file
 from tiny_models import (
     BERT,
     activate,
@@ -29,6 +30,8 @@ from tiny_models import (
 )
 from torch import nn
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -176,6 +179,35 @@ def test_saved_while_merged(tmp_path: Path) -> None:
     assert torch.equal(outputs(PeftModel.from_pretrained(net(), tmp_path)), outputs(model))
 
 
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, num_key_value_heads=2)).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers")
+@pytest.mark.parametrize(
+    ("targets", "embeddings"),
+    [(["q_proj", "lm_head"], "auto"), (["q_proj", "embed_tokens"], "auto"), (None, True)],
+)
+def test_saved_while_merged_with_what_peft_saves_of_the_base(
+    targets: list[str] | None, embeddings: bool | str, tmp_path: Path
+) -> None:
+    """PEFT writes embeddings and output layers into the file: the dense ones, or they would be pruned twice."""
+    config = PSTConfig(target_modules=targets, target_sparsity=0.6, task_type="CAUSAL_LM")
+    model = train_a_little(get_peft_model(tiny_llama(), config)).eval()
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "dense", save_embedding_layers=embeddings)
+    model.merge_adapter()
+    before = snapshot(model)
+    model.save_pretrained(tmp_path / "merged", save_embedding_layers=embeddings)
+    assert_same_tensors(snapshot(model), before)
+    files = [load_file(tmp_path / how / "adapter_model.safetensors") for how in ("merged", "dense")]
+    assert any("base_layer" in key for key in files[1])
+    assert_same_tensors(*files)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "merged").eval()), expected)
+
+
 def test_a_state_loaded_while_merged_leaves_the_dense_weight_alone() -> None:
     model = pruned_net()
     dense = snapshot(model)
@@ -236,8 +268,11 @@ def test_safe_merge_refuses_broken_adapters(name: str, bad: float, step: int) ->
         model.base_model.model.layers[1].down.merge(safe_merge=True)
     assert not model.base_model.model.layers[1].down.merged
     assert_same_tensors(snapshot(model), before)
-    with pytest.raises(ValueError, match=message):
-        model.merge_and_unload(safe_merge=True)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match=message):
+            merge(safe_merge=True)
+        assert_same_tensors(snapshot(model), before)  # of the layers before it too
+        assert not any(layer.merged for layer in layers_of(model).values())
 
 
 def test_safe_merge_refuses_what_overflows_in_the_bases_dtype() -> None:

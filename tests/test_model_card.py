@@ -12,7 +12,7 @@ import transformers
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from tiny_models import net, outputs, pruned_net, tiny_bert, tiny_gpt2, train_a_little
+from tiny_models import net, outputs, pruned_net, tiny_bert, tiny_gpt2, train_a_little, two_adapters
 from transformers import Trainer, TrainingArguments
 
 from peft_pst import PSTCallback, PSTConfig, update_model_card
@@ -112,6 +112,30 @@ def test_an_adapter_of_another_name_has_its_card_above(tmp_path: Path) -> None:
     assert not (tmp_path / "mine" / CARD_NAME).exists()
     loaded = PeftModel.from_pretrained(net(), tmp_path / "mine")
     assert loaded.get_sparsity() == 0
+    assert section_of(card_of(tmp_path).text, "mine").count('"path/to/this/folder/mine"') == 1
+    assert "PST" not in card_of(tmp_path).text.replace(section_of(card_of(tmp_path).text, "mine"), "")
+
+
+def test_each_adapter_has_a_section_of_its_own(tmp_path: Path) -> None:
+    model = two_adapters()
+    model.save_pretrained(tmp_path)
+    before = card_of(tmp_path).text
+    model.save_pretrained(tmp_path, selected_adapters=["b"])
+    text = card_of(tmp_path).text
+    assert text == before
+    assert text.count("## Sparse training") == 2
+    assert "import peft_pst" in section_of(text, "a")
+    assert "import peft_pst" in section_of(text, "b")
+    assert {"peft_pst", "pruning", "sparsity"} <= set(card_of(tmp_path).data.tags)
+
+
+def test_a_card_above_that_is_not_pefts_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / CARD_NAME).write_text("# My project\n")
+    PSTConfig().save_pretrained(str(tmp_path / "mine"))
+    pruned_net().save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / CARD_NAME).unlink()
+    PSTConfig().save_pretrained(str(tmp_path / "other"))
+    assert (tmp_path / CARD_NAME).read_text() == "# My project\n"
 
 
 def test_a_file_without_tensors_says_nothing_of_zeros(tmp_path: Path) -> None:
@@ -169,8 +193,9 @@ def test_the_card_of_a_trainers_model(tmp_path: Path) -> None:
     assert section_of(made) == section_of(saved)
 
 
-def section_of(card: str) -> str:
-    return card.partition("## Sparse training")[2].partition("<!-- peft_pst: end -->")[0]
+def section_of(card: str, name: str = "") -> str:
+    named = f" {name}" if name else ""
+    return card.partition(f"<!-- peft_pst: begin{named} -->")[2].partition(f"<!-- peft_pst: end{named} -->")[0]
 
 
 def test_other_adapters_and_damaged_files_are_left_alone(tmp_path: Path) -> None:

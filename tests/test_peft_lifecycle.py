@@ -17,6 +17,7 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PromptTuningConfig,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -268,6 +269,17 @@ def test_nested_tuners_are_refused() -> None:
     model = inject_adapter_in_model(LoraConfig(target_modules=["up"]), net(), adapter_name="lora")
     with pytest.raises(ValueError, match=r"module layers\.0\.up .*it already carries a peft\.tuners\.lora"):
         inject_adapter_in_model(PSTConfig(target_modules=["up"]), model, adapter_name="pst")
+
+
+@pytest.mark.parametrize(
+    "config", [LoraConfig(target_modules=["head"]), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)]
+)
+def test_no_other_tuner_is_put_around_a_pst_model(config: PeftConfig) -> None:
+    model = pruned_net()
+    before = [name for name, _ in model.named_modules()]
+    with pytest.warns(match="for a second time"), pytest.raises(ValueError, match="PST is not nested with"):
+        get_peft_model(model, config)
+    assert [name for name, _ in model.named_modules()] == before
 
 
 def test_mixed_batches_are_refused() -> None:
@@ -588,6 +600,9 @@ def test_a_layer_that_its_target_leaves_dense_is_not_said_to_have_never_been_pru
         warnings.filterwarnings("error", message=f".*{NEVER_PRUNED}")
         loaded(inputs_of_llama())
         loaded.merge_and_unload()
+        plain = one_group_llama()
+        plain.load_adapter(str(tmp_path))
+        plain.eval()(inputs_of_llama())
 
 
 def test_a_loaded_adapter_that_was_never_pruned_still_warns(tmp_path: Path) -> None:
