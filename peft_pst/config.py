@@ -39,7 +39,7 @@ class PSTConfig(PeftConfig):
     """Configuration of parameter-efficient sparse training.
 
     Every argument is optional. With no `target_modules`, all linear layers inside the model's numbered blocks are
-    adapted; embeddings, pooler and heads are not.
+    adapted; embeddings, poolers, heads and routers of experts are not.
 
     Args:
         target_sparsity: fraction of zeros in each adapted matrix at the end, in [0, 1); 0.9 keeps one weight in ten.
@@ -65,7 +65,8 @@ class PSTConfig(PeftConfig):
         structured: whether to learn one importance per row (R) and per column (C).
         embedding_r: rank of the update of the token embeddings, which are never pruned; 0 leaves them as they are.
         embedding_modules: names of the embeddings that get it. None: the model's input embeddings, where
-            `target_modules` is left open too, r is not 0, and they are not tied to an output layer.
+            `target_modules` is left open too, r is not 0, and they are not tied to an output layer. What is named here
+            may not be named in `target_modules`, `exclude_modules` or `modules_to_save`.
         residual: number of entries, in each matrix, of a sparse residual in the weight update. Their positions are
             fixed when the adapter is made, their values train; 0 leaves it out.
         residual_positions: where these entries stand. "grebsmo": the largest of the sparse part of W0 split into

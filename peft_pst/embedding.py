@@ -196,6 +196,7 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         embedded = self.base_layer(input)
         for name in names:
             U, V = self.pst_embedding_U[name], self.pst_embedding_V[name]
+            self.check_loaded(name, [U, V])
             trains = self.training or _FORWARD.trains_embeddings
             if torch.is_grad_enabled() and U.requires_grad:
                 self._was_trained, self._was_left_out = self._was_trained or trains, self._was_left_out or not trains
@@ -257,6 +258,7 @@ class PSTEmbeddingUpdate(nn.Module, PSTTunerLayer):
         updated = weight.to(self._device, self._stored.dtype, copy=True)
         for name in adapter_names:
             U, V = whole(self.pst_embedding_U[name]), whole(self.pst_embedding_V[name])
+            self.check_loaded(name, [U, V])
             for block in row_blocks(0, updated.shape[0], updated.shape[1], CACHE_NUMEL):
                 updated[block] = self._updated(updated[block], U[block], V, name)
         return updated

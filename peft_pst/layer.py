@@ -252,6 +252,7 @@ class PSTLayer(PSTTunerLayer):
     def get_counts(self, adapter_name: str) -> tuple[int, ...]:
         """The same for each part of the matrix."""
         buffer = self.pst_num_pruned[adapter_name]
+        self.check_loaded(adapter_name, [buffer])
         known = self._counts.get(adapter_name)
         if known is None or known[0] != identity(buffer):
             counts = tuple(buffer.reshape(-1).tolist())
@@ -403,9 +404,12 @@ class PSTLayer(PSTTunerLayer):
 
         Raises:
             ValueError: naming the layer and the factor.
+            RuntimeError: if a factor has no data.
         """
+        self.keep_adapters_at_hand()
         for part in self.adapter_layer_names:
             factor = getattr(self, part).get(adapter_name, None)
+            self.check_loaded(adapter_name, [factor])
             if factor is None or factor.device.type != "cpu" or is_sharded(factor) or is_partitioned(factor):
                 continue
             # A sum is quicker than a look at each, and not finite if one is not. A NaN is for the selection to refuse.
@@ -418,8 +422,8 @@ class PSTLayer(PSTTunerLayer):
     def _warn_if_never_pruned(self, adapter_names: Sequence[str], occasion: str) -> None:
         for name in adapter_names:
             plan = self.pst_plans[name]
-            told = plan.status.moved or occasion in plan.status.warned
-            if told or plan.target_sparsity == 0 or self.get_num_pruned(name):
+            known = plan.status.moved or plan.status.was_pruned or occasion in plan.status.warned
+            if known or plan.stays_dense or self.get_num_pruned(name):
                 continue
             plan.status.warned.add(occasion)
             warnings.warn(
@@ -439,6 +443,11 @@ class PSTLayer(PSTTunerLayer):
         tensors = [tensor if tensor is None else whole(tensor) for tensor in stored]
         return Factors._make((*tensors, self._positions(adapter_name), *scales))
 
+    def _loaded_factors(self, adapter_name: str) -> Factors:
+        factors = self.get_factors(adapter_name)
+        self.check_loaded(adapter_name, factors.tensors)
+        return factors
+
     def _positions(self, adapter_name: str) -> Tensor | None:
         """The positions of the residual, looked at once when they have come from a file; None without a residual."""
         if adapter_name not in self.pst_positions:
@@ -455,7 +464,7 @@ class PSTLayer(PSTTunerLayer):
 
     def get_scores(self, adapter_name: str) -> Tensor:
         """Importance of each weight, (out, in), from the dense base weight, also while merged."""
-        factors = self.get_factors(adapter_name)
+        factors = self._loaded_factors(adapter_name)
         with outside_any_graph(self._device):
             return base_scores(self._dense(), factors)
 
@@ -470,7 +479,7 @@ class PSTLayer(PSTTunerLayer):
     def _ranked(self, adapter_name: str, by: Criterion) -> tuple[Tensor, Factors]:
         """A matrix and factors whose `base_scores` are what a criterion ranks by; zero where the base is to stay so."""
         if by != "update":
-            return self._dense(), self.get_factors(adapter_name) if by == "scores" else Factors()
+            return self._dense(), self._loaded_factors(adapter_name) if by == "scores" else Factors()
         # Without factors, the scores of a matrix are its magnitudes.
         update = self.get_update(adapter_name)
         if self.pst_plans[adapter_name].config.keep_zeros:
@@ -499,7 +508,7 @@ class PSTLayer(PSTTunerLayer):
         weight = self._dense()
         with outside_any_graph(weight.device):
             zeros = torch.zeros(weight.shape, dtype=score_dtype(weight.dtype), device=weight.device)
-            return add_update(zeros, self.get_factors(adapter_name))
+            return add_update(zeros, self._loaded_factors(adapter_name))
 
     def get_mask(self, adapter_name: str) -> Tensor:
         """The mask now in force for one adapter, boolean (out, in), True = keep."""
@@ -624,7 +633,7 @@ class PSTLayer(PSTTunerLayer):
                 f"Layer {self.module_name}: its weight is read for training where DeepSpeed ZeRO-3 has not gathered "
                 "it, so what trains would get no gradient. Call the adapted module, or use ZeRO-2 or FSDP2."
             )
-        pairs = [(name, self.get_factors(name)) for name in adapter_names]
+        pairs = [(name, self._loaded_factors(name)) for name in adapter_names]
         return [Pruner(factors, self._packed_mask(name, factors), self.pst_plans[name].size) for name, factors in pairs]
 
     def _origin(self, adapter_name: str, factors: Factors) -> list[Tensor]:

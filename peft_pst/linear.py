@@ -1,4 +1,8 @@
-"""PST on linear maps: `nn.Linear`, and transformers' `Conv1D`, which stores its matrix transposed."""
+"""PST on linear maps: `nn.Linear`, and transformers' `Conv1D`, which stores its matrix transposed.
+
+What only multiplies is multiplied here, so that no masked weight lives until the backward; a subclass with a forward of
+its own is called, with the masked weight in the place of its own.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,11 @@ from .masked_linear import masked_linear
 from .module import PSTModule
 from .offloading import at_hand
 from .sharding import is_partitioned
+from .swapped import PSTSwapped
 
 
-class PSTLinear(PSTModule):
-    """PST on an `nn.Linear` or a transformers `Conv1D`."""
+class _LinearMatrix(PSTModule):
+    """How a linear map stores its matrix."""
 
     def _as_matrix(self, stored: Tensor) -> Tensor:
         return stored.T if isinstance(self._base, Conv1D) else stored
@@ -26,13 +31,27 @@ class PSTLinear(PSTModule):
     def _as_stored(self, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous() if isinstance(self._base, Conv1D) else matrix
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+
+class PSTLinear(_LinearMatrix):
+    """PST on an `nn.Linear` or a transformers `Conv1D` that multiplies and does no more."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         names = self._names_in_force()
         if not names:
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
+        x = self._only_input(args, kwargs)
         self._warn_about_hooks()
         with self.loading_once():
             return self._product(x.to(self._device), names)
+
+    def _only_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        given = (*args, *kwargs.values())
+        if len(given) != 1 or not kwargs.keys() <= {"input", "x"}:
+            raise TypeError(
+                f"Layer {self.module_name} takes its input and nothing else, as {type(self._base).__name__} does, but "
+                f"was called with {len(args)} positional arguments and {sorted(kwargs)} by name; leave the rest out."
+            )
+        return given[0]
 
     def _product(self, x: Tensor, names: list[str]) -> Tensor:
         bias = self._base.bias if self._base.bias is None else at_hand(self._base, "bias")
@@ -67,6 +86,32 @@ class PSTStoredLinear(PSTLinear):
         """The masked weight, differentiable where it trains; the base's own where no adapter is in force."""
         names = self._names_in_force()
         return self._as_stored(self._weight_in_force(names)) if names else self._stored
+
+
+class PSTCalledLinear(_LinearMatrix, PSTSwapped):
+    """PST on a linear layer whose class has a forward of its own, which runs as ever, whatever it takes and returns."""
+
+
+# Classes whose product differs from torch's only where there is a bias, which they add in a step of its own.
+_PRODUCTS_WITHOUT_BIAS = {"transformers.models.falcon.modeling_falcon.FalconLinear.forward"}
+
+
+def only_multiplies(linear: nn.Module) -> bool:
+    """Whether a linear layer computes x W' + b, bit for bit as torch does, and no more.
+
+    Example:
+        >>> class Clamped(nn.Linear):
+        ...     def forward(self, input):
+        ...         return super().forward(input).clamp(-1, 1)
+        >>> only_multiplies(nn.Linear(2, 2)), only_multiplies(Clamped(2, 2))
+        (True, False)
+    """
+    forward: Any = getattr(linear, "_old_forward", linear.forward)  # behind a hook of accelerate's
+    function = getattr(forward, "__func__", forward)
+    if function in (nn.Linear.forward, Conv1D.forward):
+        return True
+    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
+    return linear.bias is None and name in _PRODUCTS_WITHOUT_BIAS
 
 
 def is_linear(module: nn.Module, parent: nn.Module) -> bool:

@@ -97,6 +97,21 @@ def check_loaded_adapter(model: nn.Module, adapter_name: str, report: Any) -> No
     found |= {key: torch.empty(0) for key in report.unexpected_keys}
     with reading_a_file():
         check_stored_adapter(model, adapter_name, found)
+    note_whether_pruned(model, adapter_name, found)
+
+
+def note_whether_pruned(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:
+    """Remember whether what was loaded has zeros, so that a layer without is not taken for one that never had a turn.
+
+    Args:
+        model: with the adapter.
+        adapter_name: the name of the adapter there.
+        state: the adapter's tensors, by their names in the model.
+    """
+    counts = [tensor for name, tensor in state.items() if ".pst_num_pruned" in name and not tensor.is_meta]
+    for layer in _layers_with(model, adapter_name).values():
+        if isinstance(layer, PSTLayer):
+            layer.pst_plans[adapter_name].status.was_pruned = any(map(torch.any, counts))
 
 
 def check_unmerged(model: nn.Module, adapter_name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -24,6 +25,7 @@ from .loading import (
     check_stored_adapter,
     check_unmerged,
     in_present_places,
+    note_whether_pruned,
     updated_embeddings,
 )
 from .nesting import check_not_nested, mark_pruned
@@ -92,12 +94,34 @@ class PSTModel(BaseTuner):
                     "Please specify `target_modules` in `peft_config`: this model has no linear layers inside numbered "
                     'blocks. Pass a list of names, a regular expression, or "all-linear".'
                 )
-            peft_config.target_modules = set(targets)
+            peft_config.target_modules = {
+                name for name in targets if not _is_named(name, peft_config.embedding_modules or ())
+            }
             if peft_config.embedding_modules is None and peft_config.embedding_r and peft_config.r:
-                saved = peft_config.modules_to_save or ()
                 found = find_token_embeddings(self.model)
-                peft_config.embedding_modules = [name for name in found if not _is_named(name, saved)]
+                peft_config.embedding_modules = [name for name in found if not self._is_closed(peft_config, name)]
+        self._check_embedding_names(peft_config)
         return peft_config
+
+    def _is_closed(self, peft_config: Any, name: str) -> bool:
+        """Whether a module is excluded, or trained in full, which PEFT says by an object of its own."""
+        found = super()._check_target_module_exists(peft_config, name)
+        return not isinstance(found, bool | re.Match | None)
+
+    def _check_embedding_names(self, peft_config: Any) -> None:
+        names = peft_config.embedding_modules or ()
+        for name in [name for name, _ in self.model.named_modules() if _is_named(name, names)]:
+            if self._is_closed(peft_config, name):
+                fields = [field for field in ("exclude_modules", "modules_to_save") if getattr(peft_config, field)]
+                other, what = " or ".join(fields), "which leaves it out"
+            elif super()._check_target_module_exists(peft_config, name):
+                other, what = "target_modules", "which prunes it"
+            else:
+                continue
+            raise ValueError(
+                f"{name} is named in embedding_modules, which updates it and leaves it dense, and in {other}, {what}; "
+                "name it in one of them."
+            )
 
     def _create_and_replace(
         self,
@@ -140,7 +164,7 @@ class PSTModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         check_embedding(target, key)
-        _check_untied(self._shared.get((target, "weight")), key, "Adapting")
+        _check_untied(self._shared.get((target, "weight")), key, "Adapting", is_updated=True)
         new_module = PSTEmbeddingUpdate(cast("nn.Embedding", target), adapter_name, peft_config, key)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
@@ -192,6 +216,7 @@ class PSTModel(BaseTuner):
         self._shared = shared_weights(model)
         self._hosts = HostPlaces(model)
         config: Any = self.peft_config[adapter_name]
+        _check_saved_in_full(model, config.modules_to_save or ())
         trains = {parameter: parameter.requires_grad for host in self._hosts for parameter in host.parameters()}
         with self._unregistered_if_it_fails(model, adapter_name), taken_back_if_it_fails(model):
             check_not_nested(model, adapter_name)
@@ -211,7 +236,9 @@ class PSTModel(BaseTuner):
                 parameter.requires_grad_(requires_grad)
             _prepare_selection(model, adapter_name)
         names = {name for layer in pst_layers(model) if adapter_name in layer.pst_plans for name in layer.pattern_names}
-        _warn_about_unmatched_patterns(self.peft_config[adapter_name], names)
+        _warn_about_unmatched_patterns(config, names)
+        updates = [module.module_name for module in model.modules() if isinstance(module, PSTEmbeddingUpdate)]
+        _warn_about_unmatched_embeddings(config, updates)
 
     @contextmanager
     def _unregistered_if_it_fails(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
@@ -239,9 +266,8 @@ class PSTModel(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]  # PEFT's is static
         found = super()._check_target_module_exists(peft_config, key)
-        # What is excluded stays so; PEFT says it by an object of its own.
-        is_open = found is None or found is False
-        return _is_named(key, peft_config.embedding_modules or ()) if is_open else found
+        # What is excluded stays so, and has been refused if it is named.
+        return _is_named(key, peft_config.embedding_modules or ()) if found is None or found is False else found
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         """PEFT warns by name of layers that may be tied; those that are are refused by identity when adapted."""
@@ -253,7 +279,8 @@ class PSTModel(BaseTuner):
             _check_untied(places, layer.module_name, "Merging")
         for module in self.model.modules():
             if isinstance(module, PSTEmbeddingUpdate):
-                _check_untied(shared.get((module.get_base_layer(), "weight")), module.module_name, "Merging")
+                places = shared.get((module.get_base_layer(), "weight"))
+                _check_untied(places, module.module_name, "Merging", is_updated=True)
 
     def merge_and_unload(
         self,
@@ -397,6 +424,7 @@ class PSTModel(BaseTuner):
             "which weights it belongs to is not known",
         )
         check_stored_adapter(model, adapter_name, remapped)
+        note_whether_pruned(model, adapter_name, remapped)
         return remapped
 
     @contextmanager
@@ -438,6 +466,18 @@ def _is_named(module_name: str, names: Collection[str]) -> bool:
     return any(f".{module_name}".endswith(f".{name}") for name in names)
 
 
+def _check_saved_in_full(model: nn.Module, names: Collection[str]) -> None:
+    """Refuse to train in full what another adapter is on, before PEFT does without saying why."""
+    for name, module in model.named_modules():
+        if isinstance(module, PSTTunerLayer) and name.endswith(tuple(names)):  # as PEFT looks for them
+            adapters = sorted(module._get_available_adapters())
+            raise ValueError(
+                f"Module {name} is named in modules_to_save, but adapters {adapters} of this model are on it, and a "
+                "module that is trained in full cannot carry one; take it out of modules_to_save, or delete the "
+                "adapters first."
+            )
+
+
 def _undo_merging_of_embeddings(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Put the dense weights of merged embeddings and output layers into what a model's adapter is saved from.
 
@@ -462,14 +502,18 @@ def _check_complete(layers: set[str], missing: str, consequence: str) -> None:
         )
 
 
-def _check_untied(places: list[str] | None, name: str, occasion: str) -> None:
-    if places:
-        raise ValueError(
-            f"{occasion} {name} is refused: {' and '.join(places)} are one tensor, so a mask would prune all of them. "
-            "Untie them before adapting (model.config.tie_word_embeddings = False; "
-            "other.weight = torch.nn.Parameter(other.weight.detach().clone())), or leave the module out of "
-            "target_modules."
-        )
+def _check_untied(places: list[str] | None, name: str, occasion: str, *, is_updated: bool = False) -> None:
+    if not places:
+        return
+    if is_updated:
+        effect, rest = "an update would change all of them", "embedding_modules, or set embedding_r=0"
+    else:
+        effect, rest = "a mask would prune all of them", "target_modules"
+    raise ValueError(
+        f"{occasion} {name} is refused: {' and '.join(places)} are one tensor, or have parts of one in common, so "
+        f"{effect}. Untie them before adapting (model.config.tie_word_embeddings = False; "
+        f"other.weight = torch.nn.Parameter(other.weight.detach().clone())), or leave the module out of {rest}."
+    )
 
 
 def pst_layers(model: nn.Module) -> Iterator[PSTLayer]:
@@ -595,3 +639,13 @@ def _warn_about_unmatched_patterns(config: Any, module_names: Collection[str]) -
                 RuntimeWarning,
                 stacklevel=users_level(),
             )
+
+
+def _warn_about_unmatched_embeddings(config: Any, updated: Collection[str]) -> None:
+    unmatched = [key for key in config.embedding_modules or () if not any(_is_named(name, [key]) for name in updated)]
+    if unmatched:
+        warnings.warn(
+            f"The following embedding_modules did not match any module and were ignored: {sorted(unmatched)}.",
+            RuntimeWarning,
+            stacklevel=users_level(),
+        )

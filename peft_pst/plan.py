@@ -10,9 +10,10 @@ from typing import Any, Literal, NamedTuple
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from .budget import most_pruned
 from .config import PSTConfig
 from .coupling import CoupledGroups
-from .masking import check_num_pruned
+from .masking import check_num_pruned, num_pruned
 from .patterns import Coupled, Pattern, Size, parse_pattern
 
 
@@ -21,6 +22,7 @@ class ScheduleStatus:
     """Whether the schedule of an adapter has been driven in this process; one object for all layers of the adapter."""
 
     moved: bool = False
+    was_pruned: bool = False  # the adapter has come from a file, with zeros in some layer
     warned: set[str] = field(default_factory=set)  # the occasions on which the user was told that it has not
     length_from_trainer: bool = False  # total_steps was filled in by the callback, so the next run may fill it anew
 
@@ -127,6 +129,21 @@ class LayerPlan:
         lines = math.gcd(*(number for part in parts for number in (part.width, part.start)))
         size = (lines, self.shape[1]) if parts[0].axis == 0 else (self.shape[0], lines)
         return replace(self, groups=groups, size=size)
+
+    @property
+    def stays_dense(self) -> bool:
+        """Whether the target comes to no zero in the matrix, whatever its scores."""
+        if not self.target_sparsity:
+            return True
+        if self.groups is not None:
+            groups = self.groups.num_groups
+        elif self.shares_target:
+            groups = self.shape[0] * self.shape[1] // (self.size[0] * self.size[1])
+        else:
+            return not any(self.counts_at(self.target_sparsity))
+        if self.shares_target:
+            return most_pruned(groups, self.config.min_kept) == 0
+        return num_pruned(groups, self.target_sparsity) == 0
 
     def counts_at(self, sparsity: float) -> tuple[int, ...]:
         """How many entries of each part are zero at a sparsity."""

@@ -85,8 +85,9 @@ class PSTConv(PSTSwapped):
         weight = matrix.reshape(whole_shape(stored))
         if stored.is_contiguous():
             return weight
-        layout = torch.channels_last if stored.dim() == 4 else torch.channels_last_3d
-        return weight.contiguous(memory_format=layout)
+        # Channels last, or whatever order of dimensions the base has in memory.
+        order = sorted(range(weight.dim()), key=stored.stride, reverse=True)
+        return weight.permute(order).contiguous().permute([order.index(i) for i in range(weight.dim())])
 
 
 class PSTEmbedding(PSTSwapped):

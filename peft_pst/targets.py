@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .embedding import is_plain_embedding
 from .layer import PSTLayer
 from .linear import is_linear
+from .sharding import whole_shape
 from .ties import shared_weights
 
 
 def find_block_linears(model: nn.Module) -> list[str]:
     """Names of the linear layers inside a model's numbered blocks, such as the layers of a transformer.
 
-    A block is an entry of an `nn.ModuleList`; embeddings, poolers and heads lie outside. The rule reads the structure
-    of the model and knows no architecture by name.
+    A block is an entry of an `nn.ModuleList`; embeddings, poolers and heads lie outside. Routers of mixtures of experts
+    are left out: they are small, and decide which experts run. The rule reads the structure of the model and knows no
+    architecture by name.
 
     Args:
         model: any module; layers that carry an adapter already are counted under their own name.
@@ -44,7 +48,7 @@ def find_block_linears(model: nn.Module) -> list[str]:
         # The outermost block: experts are blocks within blocks, and belong to the layer that holds them.
         block = min((block for block in blocks if name.startswith(block)), key=len, default=None)
         parent = model.get_submodule(name.rpartition(".")[0])
-        if block is not None and is_linear(_base_of(module), parent):
+        if block is not None and is_linear(_base_of(module), parent) and not _is_router(model, block, name):
             inside[name] = name.removeprefix(block)
         else:
             outside.append(name)
@@ -77,6 +81,33 @@ def find_token_embeddings(model: nn.Module) -> list[str]:
     base = _base_of(found) if isinstance(found, nn.Module) and not isinstance(found, PSTLayer) else None
     is_own = is_plain_embedding(base) and (base, "weight") not in shared_weights(model)
     return names if is_own else []
+
+
+def _is_router(model: nn.Module, block: str, name: str) -> bool:
+    """Whether a linear in a block chooses experts: it says so, or has an output for each of those that stand beside it.
+
+    They stand beside it, or beside what holds it.
+    """
+    path = name.split(".")
+    if "router" in name.removeprefix(block):
+        return True
+    linear: Any = _base_of(model.get_submodule(name))
+    outputs = linear.nf if isinstance(linear, Conv1D) else linear.out_features
+    for depth in (len(path) - 1, len(path) - 2):
+        holder = model.get_submodule(".".join(path[:depth]))
+        if isinstance(holder, nn.ModuleList):
+            break  # what stands there are blocks
+        if any(_num_experts(_base_of(child)) == outputs for at, child in holder.named_children() if at != path[depth]):
+            return True
+    return False
+
+
+def _num_experts(module: nn.Module) -> int:
+    """How many experts a module may be the store of; 0 if it is none."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return len(module)
+    stacks = [whole_shape(own)[0] for own in module.parameters(recurse=False) if len(whole_shape(own)) == 3]
+    return 0 if isinstance(module, nn.modules.conv._ConvNd) else next(iter(stacks), 0)
 
 
 def _without_adapter_internals(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +50,19 @@ class PSTTunerLayer(PSTWrapper):
                 f"Layer {self.module_name}, adapter {adapter_name!r}: {error} The adapter file is damaged or belongs "
                 "to another model; load the one that was saved for this base."
             ) from error
+
+    def check_loaded(self, adapter_name: str, tensors: Iterable[Tensor | None]) -> None:
+        """Refuse to compute with tensors of an adapter that have no data yet.
+
+        Raises:
+            RuntimeError: saying how they get some.
+        """
+        if any(tensor is not None and tensor.is_meta for tensor in tensors):
+            raise RuntimeError(
+                f"Layer {self.module_name}: adapter {adapter_name!r} has no data (meta device). Load its tensors with "
+                f"set_peft_model_state_dict(model, tensors, {adapter_name!r}, low_cpu_mem_usage=True), or make it "
+                "without low_cpu_mem_usage."
+            )
 
     @property
     def _device(self) -> torch.device:

@@ -26,6 +26,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -36,6 +38,8 @@ from transformers import (
     OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -258,11 +262,81 @@ def test_a_pooler_of_the_same_name_is_left_alone() -> None:
     assert adapted_names(get_peft_model(model, PSTConfig())) == {"layer.0.dense", "layer.1.dense"}
 
 
-def test_experts_belong_to_the_block_that_holds_them() -> None:
-    block = nn.ModuleDict({"experts": nn.ModuleList([dense_block(), dense_block()]), "router": nn.Linear(4, 2)})
+def test_experts_belong_to_the_block_that_holds_them_and_their_router_is_left_alone() -> None:
+    block = nn.ModuleDict({"experts": nn.ModuleList([dense_block(), dense_block()]), "gate": nn.Linear(4, 2)})
     model = nn.ModuleDict({"layers": nn.ModuleList([block]), "head": nn.Linear(4, 2)})
-    expected = {"layers.0.experts.0.dense", "layers.0.experts.1.dense", "layers.0.router"}
+    expected = {"layers.0.experts.0.dense", "layers.0.experts.1.dense"}
     assert adapted_names(get_peft_model(model, PSTConfig())) == expected
+
+
+def test_routers_are_known_by_what_stands_beside_them() -> None:
+    def targets(**block: nn.Module) -> list[str]:
+        return find_block_linears(nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict(block)])}))
+
+    stack = nn.Module()
+    stack.up = nn.Parameter(torch.zeros(3, 6, 4))
+    up, gate = nn.Linear(4, 6), nn.Linear(4, 3)
+    assert targets(up=up, gate=gate, experts=stack) == ["up"]
+    assert targets(up=up, choice=nn.ModuleDict({"gate": gate}), experts=stack) == ["up"]
+    assert targets(up=up, router=nn.ModuleDict({"layer": gate})) == ["up"]
+    assert targets(up=up, gate=gate) == ["gate", "up"]
+    assert targets(up=up, gate=gate, conv=nn.Conv1d(4, 3, 2)) == ["gate", "up"]
+    # A neighbouring block is no store of experts, whatever it is made of.
+    blocks = nn.ModuleList([nn.ModuleDict({"up": gate}), nn.ModuleDict({"a": up, "b": up, "c": up})])
+    assert "up" in find_block_linears(nn.ModuleDict({"layers": blocks}))
+
+
+MIXTURE = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_local_experts": 4,
+    "pad_token_id": 0,
+}
+
+
+def mixture(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if name == "phimoe":
+        return PhimoeForCausalLM(PhimoeConfig(**MIXTURE)).eval()
+    sizes = {"intermediate_size_mlp": 24, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, "moe_layers": [1]}
+    return Llama4ForCausalLM(Llama4TextConfig(**MIXTURE, **sizes)).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "router"), [("phimoe", "mlp.router"), ("llama4", "feed_forward.router")], ids=["phimoe", "llama4"]
+)
+def test_mixtures_whose_routers_return_several_tensors(name: str, router: str, tmp_path: Path) -> None:
+    """By default they are left alone; named, they run as ever with the masked weight, through an adapter's life."""
+    tokens, base = torch.tensor([[3, 7, 11, 30], [5, 2, 39, 1]]), mixture(name)
+    assert not any("router" in target for target in find_block_linears(base))
+    with torch.no_grad():
+        expected = base(tokens).logits
+        assert torch.equal(get_peft_model(mixture(name), PSTConfig(embedding_r=0)).eval()(tokens).logits, expected)
+
+    model = get_peft_model(base, PSTConfig(target_modules=[router, "q_proj"], target_sparsity=0.5, r=2)).eval()
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, expected)
+    model.train()(tokens).logits.square().mean().backward()
+    layer = next(layer for layer in model.modules() if isinstance(layer, PSTLayer) and router in layer.module_name)
+    assert layer.pst_V["default"].grad.abs().sum() > 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape)
+        update_sparsity(model, 1, 1)
+        pruned = model.eval()(tokens).logits
+        assert not torch.allclose(pruned, expected)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(mixture(name), str(tmp_path)).eval()
+        assert torch.equal(loaded(tokens).logits, pruned)
+        merged = loaded.merge_and_unload()
+        assert torch.equal(merged(tokens).logits, pruned)
+    weight = merged.get_submodule(layer.module_name).weight
+    assert int((weight == 0).sum()) == num_pruned(weight.numel(), 0.5)
 
 
 # Their adapted layers differ from another model's in their names alone, which `test_default_targets` looks at.

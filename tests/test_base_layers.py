@@ -8,19 +8,29 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import oracle
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from tiny_kinds import TARGETS, kinds, token_batch
 from tiny_models import assert_same_tensors, shake, snapshot
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.utils import prune
+from transformers.integrations.bitnet import AutoBitLinear
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.idefics.modeling_idefics import IdeficsDecoupledLinear
+from transformers.pytorch_utils import Conv1D
 
 from peft_pst import PSTConfig, PSTLayer, num_pruned, prune_once, report_model, update_sparsity
+from peft_pst.kinds import kind_of
+from peft_pst.linear import PSTCalledLinear, PSTLinear, only_multiplies
+from peft_pst.quantised import PSTQuantisedLinear
 
 LETTERS = "UVABRCS"
 
@@ -65,13 +75,53 @@ def channels_last() -> Case:
     return case
 
 
+class Clamped(nn.Linear):
+    """A linear layer that does more than multiply, and takes more than an input."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * super().forward(x).clamp(-0.5, 0.5)
+
+
+class Tanh1D(Conv1D):
+    """The same, with its matrix stored transposed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+def clamped() -> Case:
+    def compute(base: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+        return F.linear(x, weight, base.bias.detach().to(x.dtype)).clamp(-0.5, 0.5)
+
+    batch = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    return Case(lambda: Clamped(8, 6), batch, compute, (6, 8))
+
+
+def reordered(number: int, order: tuple[int, ...]) -> Case:
+    """A convolution whose weight has its dimensions in another order in memory."""
+    case = convolution(number)
+    make = case.make
+
+    def made() -> nn.Module:
+        layer = make()
+        inverse = [order.index(i) for i in range(len(order))]
+        layer.weight = nn.Parameter(layer.weight.detach().permute(order).contiguous().permute(inverse))
+        return layer
+
+    case.make = made
+    return case
+
+
 CASES = {
+    "linear with a forward of its own": clamped(),
     "conv1d": convolution(1),
     "conv1d same": convolution(1, padding="same", dilation=2),
     "conv2d": convolution(2),
     "conv2d strided, reflecting": convolution(2, stride=2, padding=1, padding_mode="reflect", bias=False),
     "conv2d grouped, circular": convolution(2, groups=2, padding=(1, 2), padding_mode="circular"),
     "conv2d channels last": channels_last(),
+    "conv1d reordered in memory": reordered(1, (2, 1, 0)),
+    "conv2d reordered in memory": reordered(2, (3, 1, 2, 0)),
     "conv3d dilated, replicating": convolution(3, size=5, dilation=2, padding=1, padding_mode="replicate"),
     "embedding": embedding(),
     "embedding with padding": embedding(padding_idx=0),
@@ -268,7 +318,16 @@ def test_bfloat16_and_autocast(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["conv2d", "conv2d grouped, circular", "embedding"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv2d",
+        "conv2d grouped, circular",
+        "embedding",
+        "linear with a forward of its own",
+        "conv1d reordered in memory",
+    ],
+)
 def test_a_training_step_compiles_into_one_graph(name: str) -> None:
     case = CASES[name]
     model = adapted(case, residual=0)
@@ -304,6 +363,107 @@ def test_a_forward_of_the_bases_own_is_kept() -> None:
     assert torch.equal(output(model, case), 3.0 * F.embedding(case.batch, layer_of(model).get_masked_weight()))
 
 
+def test_a_linear_with_a_forward_of_its_own_gets_what_it_takes() -> None:
+    """By place and by name; with the adapter in force, merged and disabled."""
+    model, case = adapted(CASES["linear with a forward of its own"]), CASES["linear with a forward of its own"]
+    layer, x = layer_of(model), case.batch
+    product = F.linear(x, layer.get_masked_weight(), layer.get_base_layer().bias)
+    expected = 3.0 * product.clamp(-0.5, 0.5)
+    assert not torch.equal(expected, 3.0 * layer.get_base_layer()(x))
+    assert torch.equal(layer(x, 3.0), expected)
+    assert torch.equal(layer(x, scale=3.0), expected)
+    model.merge_adapter()
+    assert torch.equal(layer(x, scale=3.0), expected)
+    with model.disable_adapter():
+        assert torch.equal(layer(x, scale=3.0), 3.0 * layer.get_base_layer()(x))
+
+
+def test_a_forward_put_on_the_layer_itself_runs() -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(8, 6)
+    base.forward = lambda x: 2.0 * nn.Linear.forward(base, x)
+    model = get_peft_model(Model(base), PSTConfig(target_modules=["layer"], initial_sparsity=0.5)).eval()
+    layer, x = layer_of(model), torch.randn(3, 8)
+    assert torch.equal(model(x), 2.0 * F.linear(x, layer.get_masked_weight(), base.bias))
+
+
+def test_a_transposed_matrix_with_a_forward_of_its_own() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Model(Tanh1D(6, 8)), PSTConfig(target_modules=["layer"], initial_sparsity=0.5)).eval()
+    layer, x = layer_of(model), torch.randn(3, 8)
+    before = model(x)
+    torch.testing.assert_close(before, F.linear(x, layer.get_masked_weight(), layer.get_base_layer().bias).tanh())
+    assert torch.equal(model.merge_and_unload()(x), before)
+
+
+@pytest.mark.parametrize("base", [nn.Linear(8, 6), Conv1D(6, 8)], ids=["Linear", "Conv1D"])
+def test_a_plain_linear_refuses_what_it_does_not_take(base: nn.Module) -> None:
+    model = get_peft_model(Model(base), PSTConfig(target_modules=["layer"], initial_sparsity=0.5))
+    layer, x = layer_of(model), torch.randn(3, 8)
+    own_name = "x" if isinstance(base, Conv1D) else "input"
+    assert torch.equal(layer(**{own_name: x}), layer(x))
+    for args, kwargs in (((x,), {"scale": 2.0}), ((x, 2.0), {}), ((), {})):
+        for model.base_model.model.layer._disable_adapters in (False, True):
+            with pytest.raises(TypeError):
+                layer(*args, **kwargs)
+    layer._disable_adapters = False
+    with pytest.raises(TypeError, match=r"Layer layer takes its input and nothing else, as .*\['scale'\] by name"):
+        layer(x, scale=2.0)
+
+
+def bitnet(online: bool) -> nn.Module:
+    layer = AutoBitLinear(8, 6, online_quant=online, use_rms_norm=True)
+    if not online:
+        layer.weight_scale.fill_(0.25)
+    return layer
+
+
+def grouped() -> nn.Module:
+    module = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")  # not in the oldest supported
+    return module.DeepseekV4GroupedLinear(8, 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "batch"),
+    [
+        (lambda: bitnet(online=False), torch.randn(4, 8)),
+        (lambda: bitnet(online=True), torch.randn(4, 8)),
+        (lambda: IdeficsDecoupledLinear(8, 6, 2, bias=False), torch.randn(4, 8)),
+        (grouped, torch.randn(4, 2, 8)),
+        (lambda: FalconLinear(8, 6), torch.randn(4, 8)),
+    ],
+    ids=["bitnet", "bitnet online", "idefics", "deepseek v4", "falcon"],
+)
+def test_linears_of_transformers_start_as_they_are_and_merge_as_they_ran(
+    make: Callable[[], nn.Module], batch: Tensor
+) -> None:
+    torch.manual_seed(0)
+    base = make().eval()
+    with torch.no_grad():
+        expected = base(batch)
+        model = get_peft_model(Model(base), PSTConfig(target_modules=["layer"], target_sparsity=0.5, r=2)).eval()
+        assert torch.equal(model(batch), expected)
+        shake(model, seed=3)
+        update_sparsity(model, 1, 1)
+        pruned = model(batch)
+        assert not torch.allclose(pruned, expected)
+        assert torch.equal(model.merge_and_unload()(batch), pruned)
+
+
+def test_what_only_multiplies_is_multiplied_without_a_copy_of_the_weight() -> None:
+    class Named(nn.Linear):
+        pass
+
+    for base, kind in (
+        (Named(8, 6), PSTLinear),
+        (FalconLinear(8, 6, bias=False), PSTLinear),
+        (FalconLinear(8, 6), PSTCalledLinear),  # adds its bias in a step of its own
+        (Clamped(8, 6), PSTCalledLinear),
+    ):
+        model = get_peft_model(Model(base), PSTConfig(target_modules=["layer"]))
+        assert type(layer_of(model)) is kind
+
+
 def test_the_padding_row_is_never_updated() -> None:
     case = embedding(padding_idx=0)
     torch.manual_seed(0)
@@ -327,6 +487,12 @@ def test_an_error_leaves_the_base_its_own_weight() -> None:
     assert layer_of(model).get_base_layer().weight is own
 
 
+def old_weight_norm(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
 @pytest.mark.parametrize(
     ("layer", "match"),
     [
@@ -336,12 +502,71 @@ def test_an_error_leaves_the_base_its_own_weight() -> None:
         (nn.EmbeddingBag(5, 4), r"EmbeddingBag\) is not supported: PST adapts torch\.nn\.Linear"),
         (nn.LazyConv2d(4, 3), "has no shape yet"),
         (nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)), "parametrization.*remove_parametrizations"),
+        (
+            nn.utils.spectral_norm(nn.Linear(4, 4)),
+            r"nn\.utils\.spectral_norm, so.*call torch\.nn\.utils\.remove_spectral_n",
+        ),
+        (
+            old_weight_norm(nn.Linear(4, 4)),
+            r"by torch\.nn\.utils\.weight_norm, so.*call torch\.nn\.utils\.remove_weight_n",
+        ),
+        (
+            prune.identity(nn.Linear(4, 4), "weight"),
+            r"by torch\.nn\.utils\.prune, so.*utils\.prune\.remove first",
+        ),
+        (nn.Linear(4, 4).to(torch.float8_e4m3fn), r"stored as torch\.float8_e4m3fn; dequantise"),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_what_cannot_be_pruned_is_refused_with_the_reason(layer: nn.Module, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         get_peft_model(Model(layer), PSTConfig(target_modules=["layer"]))
+
+
+def test_a_forward_of_its_own_that_dequantising_would_pass_over_is_refused() -> None:
+    """torchao keeps the class of a layer; bitsandbytes and HQQ put their own, which multiply, in its place."""
+    torchao, bitsandbytes = (
+        SimpleNamespace(backend_name=name, supports_merge=True) for name in ("torchao", "bnb 4bit")
+    )
+    assert kind_of(nn.Linear(8, 6), nn.Sequential(), "up", torchao) is PSTQuantisedLinear
+    assert kind_of(Clamped(8, 6), nn.Sequential(), "up", bitsandbytes) is PSTQuantisedLinear
+    with pytest.raises(ValueError, match=r"up \(Clamped\).*its forward is its own.*without quantising it"):
+        kind_of(Clamped(8, 6), nn.Sequential(), "up", torchao)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_offloaded_linear_with_a_forward_of_its_own(trained: bool) -> None:
+    case = CASES["linear with a forward of its own"]
+    model = adapted(case)
+    expected = output(model, case)
+    layer = layer_of(model)
+    cpu_offload(layer.get_base_layer(), execution_device=torch.device("cpu"))
+    assert layer.get_base_layer().weight.is_meta
+    with torch.set_grad_enabled(trained):
+        y = model(case.batch)
+    assert torch.equal(y.detach(), expected)
+    assert layer.get_base_layer().weight.is_meta
+    if trained:
+        y.sum().backward()
+        assert layer.pst_V["default"].grad.abs().sum() > 0
+
+
+def test_a_plain_linear_stays_plain_behind_a_hook_of_accelerates() -> None:
+    base = nn.Linear(8, 6)
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    assert only_multiplies(base)
+    clamped = Clamped(8, 6)
+    cpu_offload(clamped, execution_device=torch.device("cpu"))
+    assert not only_multiplies(clamped)
+
+
+def test_a_forward_of_its_own_that_torch_would_pass_over_is_refused() -> None:
+    block = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    block.linear1 = Clamped(8, 8)
+    with pytest.raises(
+        ValueError, match=r"linear1 \(Clamped\).*TransformerEncoderLayer reads its weight.*target_modules"
+    ):
+        get_peft_model(Model(block), PSTConfig(target_modules=["linear1"]))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -289,9 +289,91 @@ def test_what_is_refused(options: dict, message: str) -> None:
         adapted(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "other"),
+    [
+        ({"target_modules": ["query", "word_embeddings"]}, "target_modules, which prunes it"),
+        ({"target_modules": r".*(query|word_embeddings)"}, "target_modules, which prunes it"),
+        ({"target_modules": ["query"], "exclude_modules": [NAME]}, "exclude_modules, which leaves it out"),
+        ({"exclude_modules": r".*embeddings.*"}, "exclude_modules, which leaves it out"),
+        ({"modules_to_save": ["word_embeddings"]}, "modules_to_save, which leaves it out"),
+        ({"target_modules": ["query"], "modules_to_save": ["embeddings"]}, "modules_to_save, which leaves it out"),
+    ],
+)
+def test_an_embedding_that_is_named_for_something_else_too_is_refused(options: dict, other: str) -> None:
+    base = bert()
+    message = f"^{NAME} is named in embedding_modules, which updates it and leaves it dense, and in {other}; name it in"
+    with pytest.raises(ValueError, match=message):
+        adapted(base, embedding_modules=["word_embeddings"], **options)
+    assert type(base.get_input_embeddings()) is nn.Embedding
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exclude_modules": ["word_embeddings"]},
+        {"exclude_modules": r".*embeddings.*"},
+        {"modules_to_save": ["word_embeddings"]},
+        {"modules_to_save": ["embeddings"]},
+    ],
+)
+def test_where_nobody_names_the_embeddings_others_have_them(options: dict, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model = adapted(**options)
+        assert model.peft_config["default"].embedding_modules == []
+        if options != {"modules_to_save": ["embeddings"]}:  # which PEFT itself loses on the way to the file
+            model.save_pretrained(tmp_path)
+            PeftModel.from_pretrained(bert(), str(tmp_path))
+
+
+def test_a_name_that_matches_nothing_is_told() -> None:
+    with pytest.warns(
+        RuntimeWarning, match=r"embedding_modules did not match any module and were ignored: \['tokns'\]"
+    ):
+        model = adapted(target_modules=["query"], embedding_modules=["word_embeddings", "tokns"])
+    embedding_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        adapted()
+        adapted(target_modules=["query"], embedding_modules=[NAME])
+
+
+@pytest.mark.parametrize("name", ["word_embeddings", "query"])
+def test_what_carries_an_adapter_is_not_trained_in_full_beside_it(name: str) -> None:
+    model = adapted()
+    with torch.no_grad():
+        before = model(IDS).logits
+    with pytest.raises(ValueError, match=rf"{name} is named in modules_to_save, but adapters \['default'\].*delete"):
+        model.add_adapter("second", PSTConfig(target_modules=["key"], modules_to_save=[name]))
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, before)
+    model.add_adapter("second", PSTConfig(target_modules=["key"], modules_to_save=["pooler"]))
+
+
+def test_an_adapter_injected_from_its_tensors_names_each_module_once() -> None:
+    state = get_peft_model_state_dict(adapted())
+    state = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
+    config = PSTConfig(r=2, score_rank=2, embedding_r=3)
+    base = inject_adapter_in_model(config, bert(), state_dict=state)
+    assert config.embedding_modules == [NAME]
+    assert NAME not in config.target_modules
+    assert embedding_of(base).module_name == NAME
+    inject_adapter_in_model(PSTConfig.from_peft_type(**config.to_dict()), bert())
+
+
 def test_tied_embeddings_are_refused_where_they_are_asked_for() -> None:
-    with pytest.raises(ValueError, match="are one tensor"):
+    message = "are one tensor, .*an update would change all of them.*embedding_modules, or set embedding_r=0"
+    with pytest.raises(ValueError, match=message):
         adapted(llama(tied=True), embedding_modules=["embed_tokens"])
+
+
+def test_a_tie_made_after_the_update_names_the_remedy_when_merging() -> None:
+    model = adapted(llama())
+    base = model.get_base_model()
+    base.lm_head.weight = base.model.embed_tokens.get_base_layer().weight
+    with pytest.raises(ValueError, match=r"Merging model\.embed_tokens is refused.*an update would change all of them"):
+        model.merge_adapter()
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:

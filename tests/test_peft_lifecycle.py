@@ -47,11 +47,14 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
 )
 
 from peft_pst import PSTConfig, get_sparsity, update_sparsity
 from peft_pst.masking import num_pruned
+from peft_pst.model import pst_layers
 
 PARAMETERS = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
 NEVER_PRUNED = "prunes nothing: its sparsity is still 0"
@@ -574,6 +577,55 @@ def test_training_does_not_warn() -> None:
         model(inputs()).sum().backward()
 
 
+def one_group_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=24, num_key_value_heads=1)).eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pattern": "heads"},  # one group of heads, of which half is none
+        {"pattern": "heads+neurons"},
+        {"pattern": "16x16", "target_sparsity": 0.4, "target_modules": ["q_proj", "up_proj"]},
+        {"scope": "global", "target_sparsity": 0.05, "target_modules": ["q_proj", "up_proj"]},
+    ],
+    ids=str,
+)
+def test_a_layer_that_its_target_leaves_dense_is_not_said_to_have_never_been_pruned(
+    options: dict[str, object], tmp_path: Path
+) -> None:
+    config = PSTConfig(**{"target_sparsity": 0.5, "task_type": "CAUSAL_LM", **options})
+    model = get_peft_model(one_group_llama(), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if options.get("scope") and "q_proj.pst_R" in name:
+                parameter += 100.0  # so that the other matrix bears all zeros
+    update_sparsity(model, 1, 1)
+    assert any(not layer.get_num_pruned("default") for layer in pst_layers(model))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(one_group_llama(), tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=f".*{NEVER_PRUNED}")
+        loaded(inputs_of_llama())
+        loaded.merge_and_unload()
+        plain = one_group_llama()
+        plain.load_adapter(str(tmp_path))
+        plain.eval()(inputs_of_llama())
+
+
+def test_a_loaded_adapter_that_was_never_pruned_still_warns(tmp_path: Path) -> None:
+    options = {"scope": "global", "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
+    get_peft_model(one_group_llama(), PSTConfig(**options)).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=NEVER_PRUNED):
+        PeftModel.from_pretrained(one_group_llama(), tmp_path)(inputs_of_llama())
+
+
+def inputs_of_llama() -> torch.Tensor:
+    return torch.tensor([[3, 7, 11, 20]])
+
+
 def test_a_loaded_adapter_that_was_pruned_does_not_warn(tmp_path: Path) -> None:
     pruned_net().save_pretrained(tmp_path)
     with warnings.catch_warnings():
@@ -581,6 +633,32 @@ def test_a_loaded_adapter_that_was_pruned_does_not_warn(tmp_path: Path) -> None:
         model = PeftModel.from_pretrained(net(), tmp_path)
         outputs(model)
         model.merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mask_interval": None}, {"residual": 3}, {"embedding_modules": ["embed_tokens"]}], ids=str
+)
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_an_adapter_without_data_says_how_it_gets_some(options: dict[str, object], with_gradient: bool) -> None:
+    config = PSTConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    loaded = get_peft_model(one_group_llama(), config)
+    state, expected = get_peft_model_state_dict(loaded), loaded(inputs_of_llama()).logits
+    model = get_peft_model(one_group_llama(), config, low_cpu_mem_usage=True)
+    uses = [
+        lambda: model(inputs_of_llama()),
+        lambda: model.train()(inputs_of_llama()),
+        model.merge_adapter,
+        model.merge_and_unload,
+        lambda: update_sparsity(model, 1, 1),
+    ]
+    with torch.set_grad_enabled(with_gradient):
+        for use in uses:
+            with pytest.raises(
+                RuntimeError, match=r"Layer \S+: adapter 'default' has no data .*set_peft_model_state_dict"
+            ):
+                use()
+        set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
+        assert torch.equal(model.eval()(inputs_of_llama()).logits, expected)
 
 
 def test_update_sparsity_refusals() -> None:

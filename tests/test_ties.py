@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_models import TOKENS, tiny_gpt2
+from tiny_models import TOKENS, tiny_bert, tiny_gpt2
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -94,3 +95,69 @@ def test_a_parameter_in_the_memory_of_another_is_shared() -> None:
     model.to("meta")
     model["b"].weight = model["a"].weight
     assert len(shared_weights(model)) == 2
+
+
+def two(a: torch.Tensor, b: torch.Tensor) -> nn.ModuleDict:
+    model = nn.ModuleDict({"a": nn.Linear(*a.T.shape, bias=False), "b": nn.Linear(*b.T.shape, bias=False)})
+    model["a"].weight, model["b"].weight = nn.Parameter(a), nn.Parameter(b)
+    return model
+
+
+def views() -> dict[str, tuple[tuple[torch.Tensor, torch.Tensor], bool]]:
+    """Pairs of tensors in one storage, and whether they have an element in common."""
+    store = torch.arange(48.0).view(8, 6)
+    return {
+        "the first rows": ((store, store[:4]), True),
+        "the last rows": ((store, store[4:]), True),
+        "rows that follow": ((store[:4], store[4:]), False),
+        "rows that overlap": ((store[:5], store[4:]), True),
+        "a column": ((store, store[:, 2:3]), True),
+        "columns that follow": ((store[:, :3], store[:, 3:]), False),
+        "alternate columns": ((store[:, ::2], store[:, 1::2]), False),
+        "columns that overlap": ((store[:, :4], store[:, 3:]), True),
+        "transposed, in part": ((store[:6], store.T[:, 2:]), True),
+        "of another type": ((store, store.view(torch.float64)[2:4]), True),
+        "expanded": ((store[:, :1].expand(8, 4), store[:, 1:]), False),
+    }
+
+
+@pytest.mark.parametrize("case", views())
+def test_parameters_that_share_a_part_of_their_memory(case: str) -> None:
+    tensors, overlap = views()[case]
+    for a, b in (tensors, tensors[::-1]):
+        model = two(a, b)
+        both = ["a.weight", "b.weight"]
+        expected = {(model["a"], "weight"): both, (model["b"], "weight"): both} if overlap else {}
+        assert shared_weights(model) == expected
+
+
+def test_overlaps_hang_together_and_neighbours_in_one_storage_do_not() -> None:
+    store = torch.zeros(100)
+    slices = {"a": (0, 10), "b": (8, 20), "c": (19, 30), "d": (30, 40), "e": (60, 100), "f": (70, 80), "g": (80, 90)}
+    model = nn.ModuleDict({name: nn.Module() for name in slices})
+    for name, (start, stop) in slices.items():
+        model[name].weight = nn.Parameter(store[start:stop])
+    found = {places[0][0]: "".join(place[0] for place in places) for places in shared_weights(model).values()}
+    assert found == {"a": "abc", "e": "efg"}
+
+
+def test_a_part_of_a_weight_is_neither_adapted_nor_untied_by_merging() -> None:
+    whole = torch.randn(8, 8)
+    message = r"refused: a\.weight and b\.weight are one tensor, or have parts of one in common"
+    with pytest.raises(ValueError, match=f"Adapting b is {message}"):
+        get_peft_model(two(whole, whole[:4]), PSTConfig(target_modules=["b"]))
+    model = two(whole, whole[:4].clone())
+    adapted = get_peft_model(model, PSTConfig(target_modules=["a"], initial_sparsity=0.5))
+    model["b"].weight = nn.Parameter(whole[:4])
+    with pytest.raises(ValueError, match=r"Merging a is refused: a\.base_layer\.weight and b\.weight are one tensor"):
+        adapted.merge_adapter()
+
+
+def test_a_model_read_from_one_file_is_not_tied(tmp_path: Path) -> None:
+    """Its tensors lie in one mapped file, one beside the other."""
+    base = tiny_bert()
+    torch.save(base.state_dict(), tmp_path / "model.pt")
+    stored = torch.load(tmp_path / "model.pt", mmap=True)
+    base.load_state_dict(stored, assign=True)
+    assert shared_weights(base) == {}
+    get_peft_model(base, PSTConfig())
