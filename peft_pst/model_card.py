@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 CARD_NAME = "README.md"
 TAGS = ("peft_pst", "pruning", "sparsity")
@@ -134,10 +135,10 @@ def _restore_section(folder: Path) -> None:
     if _BEGIN.partition("{")[0] in path.read_text(encoding="utf-8"):
         return
     for each in (folder, *sorted(file.parent for file in folder.glob(f"*/{CONFIG_NAME}"))):
-        # None is there yet when it is just being saved: its configuration comes last and writes the section.
-        config = each / CONFIG_NAME
-        if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("peft_type") == "PST":
-            _write_section(path, each)
+        # What is just being saved has none yet, or one that was never finished: it comes last and writes the section.
+        with suppress(FileNotFoundError, ValueError, SafetensorError):
+            if json.loads((each / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type") == "PST":
+                _write_section(path, each)
 
 
 def stored_zeros(file: Path) -> StoredZeros | None:
