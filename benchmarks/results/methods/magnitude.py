@@ -32,7 +32,7 @@ METHODS = {
     "magnitude": Method("magnitude pruning", ("lr",), _prepare, SCHEDULE),
     "magnitude-lora": Method("magnitude pruning with LoRA", ("lr",), _prepare, {"r": 8, **SCHEDULE}),
     "magnitude-lora-embeddings": Method(
-        "magnitude pruning with LoRA, embeddings too",
+        "magnitude, LoRA, embeddings too",
         ("lr",),
         partial(_prepare, embeddings=True),
         {"r": 8, **SCHEDULE},

@@ -95,7 +95,7 @@ METHODS = {
     ),
     "one-shot-wanda": Method("one-shot Wanda, masked LoRA", ("lr",), partial(_prepare, importance=wanda), {"r": 8}),
     "one-shot-wanda-embeddings": Method(
-        "one-shot Wanda, masked LoRA, embeddings too",
+        "Wanda, LoRA, embeddings too",
         ("lr",),
         partial(_prepare, importance=wanda, embeddings=True),
         {"r": 8},
