@@ -216,10 +216,10 @@ class PSTModel(BaseTuner):
         self._shared = shared_weights(model)
         self._hosts = HostPlaces(model)
         config: Any = self.peft_config[adapter_name]
-        _check_saved_in_full(model, config.modules_to_save or ())
         trains = {parameter: parameter.requires_grad for host in self._hosts for parameter in host.parameters()}
         with self._unregistered_if_it_fails(model, adapter_name), taken_back_if_it_fails(model):
             check_not_nested(model, adapter_name)
+            _check_saved_in_full(model, config.modules_to_save or ())
             with warnings.catch_warnings(), self._hosts.aside():
                 # PEFT knows no parameters by name; `_warn_about_unmatched_patterns` looks after this pattern too.
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)

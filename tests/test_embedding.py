@@ -348,6 +348,11 @@ def test_what_carries_an_adapter_is_not_trained_in_full_beside_it(name: str) -> 
         model.add_adapter("second", PSTConfig(target_modules=["key"], modules_to_save=[name]))
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, before)
+    with pytest.raises(ValueError, match="delete the adapters first"):
+        inject_adapter_in_model(
+            PSTConfig(target_modules=["key"], modules_to_save=[name]), model.get_base_model(), "second"
+        )
+    assert set(model.peft_config) == {"default"}
     model.add_adapter("second", PSTConfig(target_modules=["key"], modules_to_save=["pooler"]))
 
 
