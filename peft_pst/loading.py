@@ -109,9 +109,10 @@ def note_whether_pruned(model: nn.Module, adapter_name: str, state: Mapping[str,
         state: the adapter's tensors, by their names in the model.
     """
     counts = [tensor for name, tensor in state.items() if ".pst_num_pruned" in name and not tensor.is_meta]
+    was_pruned = any(map(torch.any, counts))
     for layer in _layers_with(model, adapter_name).values():
         if isinstance(layer, PSTLayer):
-            layer.pst_plans[adapter_name].status.was_pruned = any(map(torch.any, counts))
+            layer.pst_plans[adapter_name].status.was_pruned = was_pruned
 
 
 def check_unmerged(model: nn.Module, adapter_name: str) -> None:

@@ -36,8 +36,9 @@ def shared_weights(model: nn.Module) -> dict[tuple[nn.Module, str], list[str]]:
     stored: dict[Place, Tensor] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            users[_place(parameter)].append((module, name))
-            stored.setdefault(_place(parameter), parameter)
+            place = _place(parameter)
+            users[place].append((module, name))
+            stored.setdefault(place, parameter)
     shared: dict[tuple[nn.Module, str], list[str]] = {}
     for together in _overlapping(stored):
         using = [user for place in together for user in users[place]]
