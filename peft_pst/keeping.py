@@ -45,8 +45,8 @@ def merge_keeping_zeros(
     A low-rank update fills nearly every zero of the weight that it is added to, so `merge_and_unload` makes a pruned
     model dense again. Here each layer is merged and its zeros restored before the next, so that no more than one mask
     is held at a time; modules that were trained in full beside it (`modules_to_save`) are set back alike. What was
-    learned for the zeros is lost: the merged model is not the one that was
-    trained, and should be evaluated. To train within the zeros in the first place, use `PSTConfig(keep_zeros=True)`.
+    learned for the zeros is lost: the merged model is not the one that was trained, and should be evaluated. To train
+    within the zeros in the first place, use `PSTConfig(keep_zeros=True)`.
 
     Args:
         model: a `PeftModel` over a base with zeros; nothing in it may be merged yet.
