@@ -188,6 +188,7 @@ def _shown(cell: Cell) -> float:
 
 
 def _subtitle(cells: Sequence[Cell], of_several_seeds: str = "") -> str:
-    most = max(len(cell.scores) for cell in cells)
+    numbers = {len(cell.scores) for cell in cells}
+    most, up_to = max(numbers), "up to " if len(numbers) > 1 else ""
     unit, tail = ", percent" if cells[0].factor == 100 else "", of_several_seeds if most > 1 else ""
-    return f"{cells[0].score_name.replace('_', ' ')}{unit}, mean over {most} seed{'s' if most > 1 else ''}{tail}"
+    return f"{cells[0].score_name.replace('_', ' ')}{unit}, mean over {up_to}{most} seed{'s' if most > 1 else ''}{tail}"
